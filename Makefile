@@ -1,0 +1,65 @@
+# make demo   create .venv, install, run a real federation, write runs/demo/ (an older runs/demo is replaced)
+# make test   create .venv if need be, install the dev extra, run every check and test
+# make lint   the checks alone
+# make bench  the benchmarks
+#
+# Variables:
+#   PYTHON=python3.12     the interpreter that makes .venv (3.11 or newer)
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#                         where torch comes from. Empty: the package index that pip is set to. On Linux that is
+#                         a CUDA build of several GB; the address above holds builds for CPUs (200 MB).
+#   CONSTRAINTS=          empty: let pip choose versions instead of those that are tested (constraints.txt)
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+CONSTRAINTS ?= constraints.txt
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+# Nothing but the package index is ever asked: no hub, no telemetry, no update check, no install at run time.
+export HF_HUB_OFFLINE := 1
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+demo: $(VENV)/.demo
+	$(BIN)/fedmask run --config experiments/studies/demo.toml --overwrite
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict fedmask
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m experiments.benchmarks
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or newer is needed, found {v[0]}.{v[1]}: set PYTHON=" if v < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml $(CONSTRAINTS)
+	$(BIN)/pip install -q $(PIN) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml $(CONSTRAINTS)
+	$(BIN)/pip install -q $(PIN) -e '.[dev]'
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,274 @@
+"""The settings of one run: what a TOML file, the command line or Python code may say.
+
+Every model is frozen, refuses unknown keys and turns each mistake into one ``ConfigError`` line
+that names the key, what was expected and what was found. Nothing here imports torch or Flower.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from fedmask.errors import ConfigError, unknown
+
+# Strict: a TOML string "8" or the value true is no number, and saying so beats guessing.
+Whole = Annotated[int, Field(strict=True)]
+Real = Annotated[float, Field(strict=True)]
+# Names become folder names and segment names, so a path separator must not get in.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+
+Metric = Literal["accuracy", "f1", "matthews", "spearman"]
+PartitionKind = Literal["dirichlet", "pathological", "shard", "quantity", "iid", "natural"]
+
+
+class _Settings(BaseModel):
+    """Shared rules of all settings: frozen, no unknown keys, no NaN, errors in one line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_one_line(error.errors()[0], type(self))) from None
+
+
+class PartitionConfig(_Settings):
+    """How a task's training rows are dealt to its clients (``alpha`` is the Dirichlet concentration)."""
+
+    kind: PartitionKind = "dirichlet"
+    alpha: Real = Field(default=0.5, gt=0)
+    classes_per_client: Whole = Field(default=2, ge=1)
+    shards_per_client: Whole = Field(default=2, ge=1)
+    column: str = ""
+    held_out: Real = Field(default=0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _natural_needs_a_column(self) -> PartitionConfig:
+        if self.kind == "natural" and not self.column:
+            raise ConfigError("column: a natural partition needs the column whose values are the clients")
+        return self
+
+
+class TaskConfig(_Settings):
+    """One task: a bundled one (``source`` empty), a local file, or a hub data set, and its clients."""
+
+    name: Name
+    source: str = ""
+    text: tuple[str, ...] = Field(default=(), max_length=2)
+    label: str = ""
+    metric: Metric = "accuracy"
+    clients: Whole = Field(ge=1)
+    dev: str = ""
+    test: str = ""
+    partition: PartitionConfig | None = None
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _one_column_is_a_tuple_too(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _own_data_needs_columns(self) -> TaskConfig:
+        if self.source and not (self.text and self.label):
+            raise ConfigError(f"task {self.name!r} has a source, so it needs its text and label columns")
+        return self
+
+
+class AdapterConfig(_Settings):
+    """The HiWi weight adapter: hidden width, activation, and what it is folded into."""
+
+    bottleneck: Whole = Field(default=16, ge=1)
+    activation: Literal["relu", "gelu", "tanh"] = "relu"
+    target: Literal["bias", "weight"] = "bias"
+
+
+class TrainConfig(_Settings):
+    """Local training. ``steps`` caps the optimizer steps per client and round; None: epochs decide.
+
+    ``head_lr`` and ``adapter_lr`` default to ``lr``. ``clip_norm`` bounds the norm of the whole
+    trained vector's gradient; None: no clipping.
+    """
+
+    epochs: Real = Field(default=1.0, gt=0)
+    steps: Whole | None = Field(default=None, ge=1)
+    batch_size: Whole = Field(default=32, ge=1)
+    max_tokens: Whole = Field(default=64, ge=4)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Real = Field(default=5e-3, gt=0)
+    head_lr: Real | None = Field(default=None, gt=0)
+    adapter_lr: Real | None = Field(default=None, gt=0)
+    momentum: Real = Field(default=0.9, ge=0, lt=1)
+    weight_decay: Real = Field(default=0.0, ge=0)
+    clip_norm: Real | None = Field(default=1.0, gt=0)
+    dropout: Real = Field(default=0.1, ge=0, lt=1)
+
+
+class ServerConfig(_Settings):
+    """Sampling and aggregation. ``options`` go to the strategy; ``timeout`` is seconds per round."""
+
+    strategy: str = "fedavg"
+    options: dict[str, Whole | Real] = Field(default_factory=dict)
+    clients_per_round: Whole | None = Field(default=None, ge=1)
+    task_weighting: Literal["equal", "examples"] = "equal"
+    min_replies: Whole = Field(default=1, ge=1)
+    timeout: Real = Field(default=3600.0, gt=0)
+
+
+class RunConfig(_Settings):
+    """One whole run. Clients are numbered over the tasks in order: the first task's come first."""
+
+    name: Name = "run"
+    seed: Whole = Field(default=1, ge=0, lt=2**63)
+    model: str = Field(default="minilm", min_length=1)
+    head: Literal["mean", "hf"] = "mean"
+    method: str = "pafi+hiwi"
+    density: Real = Field(default=0.005, gt=0, le=1)
+    eligible: Literal["linear", "linear+embeddings", "all"] = "linear"
+    per_tensor: bool = False
+    mask_transport: Literal["recipe", "packed"] = "recipe"
+    values: Literal["fp32", "fp16"] = "fp32"
+    rounds: Whole = Field(default=8, ge=1)
+    threads: Whole = Field(default=1, ge=1)
+    workers: Whole | None = Field(default=None, ge=1)
+    eval_rows: Whole = Field(default=1000, ge=1)
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    server: ServerConfig = Field(default_factory=ServerConfig)
+    runs_dir: str = Field(default="runs", min_length=1)
+
+    @field_validator("method")
+    @classmethod
+    def _method_is_known(cls, value: str) -> str:
+        # Imported here: the registry is the only list of methods, and it stands above this module.
+        try:
+            from fedmask.methods import METHODS
+        except ModuleNotFoundError:
+            return value
+
+        if value not in METHODS:
+            raise ConfigError(unknown("method", value, METHODS))
+        return value
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> RunConfig:
+        names = [task.name for task in self.tasks]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ConfigError(f"tasks: each needs a name of its own, found {doubled[0]!r} twice")
+        sampled = self.server.clients_per_round or self.clients
+        if sampled > self.clients:
+            raise ConfigError(
+                f"server.clients_per_round: expected at most {self.clients} clients, found {sampled}"
+            )
+        if self.server.min_replies > sampled:
+            raise ConfigError(
+                f"server.min_replies: expected at most the {sampled} clients of a round,"
+                f" found {self.server.min_replies}"
+            )
+        return self
+
+    @property
+    def clients(self) -> int:
+        """Number of clients over all tasks."""
+        return sum(task.clients for task in self.tasks)
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """A config from plain values (as TOML or JSON give them). Raises ConfigError."""
+    return RunConfig(**values)
+
+
+def from_json(text: str) -> RunConfig:
+    """The inverse of ``config.model_dump_json()``. Raises ConfigError."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"config: expected JSON, found {_short(text)} ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config: expected a JSON object, found {_short(values)}")
+    return from_dict(values)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file as plain values. Raises ConfigError."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # also UnicodeDecodeError and TOMLDecodeError
+        raise ConfigError(f"config file {path}: expected TOML, found an error ({error})") from None
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """The config of a TOML file. Raises ConfigError, naming the file."""
+    values = read_toml(path)
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"config file {path}: {error}") from None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _where(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    """``('tasks', 0)`` as ``tasks[0]``; the tags that pydantic adds for unions are left out."""
+    keys = list(location[:2]) if location and location[0] in model.model_fields else list(location[:1])
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
+
+
+def _expected(model: type[BaseModel], key: object) -> str:
+    """The bounds of a field in words (``a number greater than 0 and at most 1``), or nothing."""
+    field = model.model_fields.get(str(key))
+    limits = {name: getattr(rule, name) for rule in (field.metadata if field else ()) for name in _BOUNDS
+              if getattr(rule, name, None) is not None}  # fmt: skip
+    words = " and ".join(f"{_BOUNDS[name]} {limit}" for name, limit in limits.items())
+    return f"expected a number {words}" if words else ""
+
+
+_BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+_NUMBER_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
+
+
+def _one_line(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    """One error of pydantic as ``key: what was expected, found what``."""
+    where, found, inner = _where(detail["loc"], model), detail["input"], detail.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigError):  # from a nested model or a validator: it says what is wrong itself
+        joint = "" if not where else "." if _starts_with_key(str(inner)) else ": "
+        return f"{where}{joint}{inner}"
+    if detail["type"] == "extra_forbidden":
+        return unknown("key", where, model.model_fields)
+    if detail["type"] == "missing":
+        return f"{where}: missing, and it has no default"
+    key = detail["loc"][0] if detail["loc"] else ""
+    annotation = model.model_fields[str(key)].annotation if key in model.model_fields else None
+    if get_origin(annotation) is Literal and isinstance(found, str):
+        return f"{where}: {unknown('value', found, get_args(annotation))}"
+    if detail["type"] == "string_pattern_mismatch":
+        said = "expected letters, digits, '.', '_' or '-', the first a letter or digit"
+    elif detail["type"] in _NUMBER_ERRORS:
+        said = _expected(model, key) or detail["msg"]
+    else:
+        said = (
+            detail["msg"]
+            .removeprefix("Input ")
+            .removeprefix("Value error, ")
+            .replace(" after validation", "")
+        )
+    return f"{where}: {said}, found {_short(found)}"
+
+
+def _starts_with_key(message: str) -> bool:
+    head = message.split(":", 1)[0]
+    return ":" in message and " " not in head
