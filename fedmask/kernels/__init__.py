@@ -1,0 +1,24 @@
+"""The weight gradient of sparse fine-tuning: k dot products, not a matrix; and the layer that uses it."""
+
+from __future__ import annotations
+
+from fedmask.kernels.gradient import (
+    Kernel,
+    available_kernels,
+    choose_kernel,
+    dense_weight_gradient,
+    sampled_weight_gradient,
+)
+from fedmask.kernels.linear import SampledLinear
+from fedmask.kernels.pattern import Pattern, WeightLayout
+
+__all__ = [
+    "Kernel",
+    "Pattern",
+    "SampledLinear",
+    "WeightLayout",
+    "available_kernels",
+    "choose_kernel",
+    "dense_weight_gradient",
+    "sampled_weight_gradient",
+]
