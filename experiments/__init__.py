@@ -1,0 +1,1 @@
+"""What a user runs: the command line, the engines, the studies and the report."""

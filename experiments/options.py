@@ -1,0 +1,129 @@
+"""From what a user types to a RunConfig: the TOML file first, then each option that was given."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmask.config import RunConfig, TaskConfig, from_dict, read_toml
+from fedmask.errors import ConfigError, unknown
+
+STUDIES = Path(__file__).parent / "studies"
+DEMO = STUDIES / "demo.toml"
+
+# Option of the command line -> key of the config. Everything else is reached with --set.
+KEYS = {
+    "name": "name",
+    "runs_dir": "runs_dir",
+    "seed": "seed",
+    "model": "model",
+    "head": "head",
+    "method": "method",
+    "density": "density",
+    "eligible": "eligible",
+    "per_tensor": "per_tensor",
+    "mask_transport": "mask_transport",
+    "values": "values",
+    "rounds": "rounds",
+    "threads": "threads",
+    "workers": "workers",
+    "eval_rows": "eval_rows",
+    "partition": "partition.kind",
+    "alpha": "partition.alpha",
+    "lr": "train.lr",
+    "epochs": "train.epochs",
+    "steps": "train.steps",
+    "batch_size": "train.batch_size",
+    "max_tokens": "train.max_tokens",
+    "strategy": "server.strategy",
+    "clients_per_round": "server.clients_per_round",
+}
+
+
+def build_config(
+    path: Path | None,
+    given: Mapping[str, Any],
+    tasks: Iterable[str] = (),
+    options: Iterable[str] = (),
+    sets: Iterable[str] = (),
+) -> RunConfig:
+    """The config of one run.
+
+    ``path`` is a TOML file (None: the demo); ``given`` maps option names (see ``KEYS``) to values,
+    None meaning "not given"; ``tasks`` are task specs that replace the file's tasks; ``options``
+    are ``key=value`` for the server's strategy; ``sets`` are ``dotted.key=value``. Raises ConfigError.
+    """
+    values = read_toml(path or DEMO)
+    if path is None:
+        values["name"] = "run"  # only the demo itself may write to runs/demo
+    for option, value in given.items():
+        if value is not None:
+            _put(values, KEYS[option], value)
+    specs = [parse_task(spec) for spec in tasks]
+    if specs:
+        values["tasks"] = specs
+    for text in options:
+        key, value = _pair(text, "--option")
+        _put(values, f"server.options.{key}", _toml_value(value))
+    for text in sets:
+        key, value = _pair(text, "--set")
+        _put(values, key, _toml_value(value))
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if path else str(error)) from None
+
+
+def parse_task(spec: str) -> dict[str, Any]:
+    """``tweets:6``, or ``name=reviews,source=rows.csv,text=title+body,label=stars,clients=4``.
+
+    Two text columns (a pair of texts) are joined by ``+``. Raises ConfigError.
+    """
+    if "=" not in spec:
+        name, colon, clients = spec.rpartition(":")
+        if not colon or not name:
+            raise ConfigError(f"--task {spec!r}: expected NAME:CLIENTS or name=...,clients=..., found no clients")
+        return {"name": name, "clients": _count(spec, clients)}
+    out: dict[str, Any] = {}
+    for part in spec.split(","):
+        key, value = _pair(part, "--task")
+        if key == "partition" or key not in TaskConfig.model_fields:
+            valid = [field for field in TaskConfig.model_fields if field != "partition"]
+            raise ConfigError(f"--task {spec!r}: {unknown('key', key, valid)}")
+        if key in out:
+            raise ConfigError(f"--task {spec!r}: the key {key!r} is there twice")
+        out[key] = value.split("+") if key == "text" else _count(spec, value) if key == "clients" else value
+    return out
+
+
+def _count(spec: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"--task {spec!r}: expected a number of clients, found {text!r}") from None
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{option} {text!r}: expected key=value")
+    return key.strip(), value.strip()
+
+
+def _toml_value(text: str) -> Any:
+    """``0.1``, ``true``, ``[1, 2]`` as TOML reads them; anything else is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except ValueError:
+        return text
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *tables, last = dotted.split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{dotted}: {table!r} is a list or a value, so it has no key {last!r}")
+    values[last] = value
