@@ -84,7 +84,7 @@ def parse_task(spec: str) -> dict[str, Any]:
     if "=" not in spec:
         name, colon, clients = spec.rpartition(":")
         if not colon or not name:
-            raise ConfigError(f"--task {spec!r}: expected NAME:CLIENTS or name=...,clients=..., found no clients")
+            raise ConfigError(f"--task {spec!r}: expected NAME:CLIENTS or name=NAME,...,clients=CLIENTS")
         return {"name": name, "clients": _count(spec, clients)}
     out: dict[str, Any] = {}
     for part in spec.split(","):

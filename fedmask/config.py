@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from fedmask.errors import ConfigError, unknown
+from fedmask.methods import METHODS, check_federated
 
 # Strict: a TOML string "8" or the value true is no number, and saying so beats guessing.
 Whole = Annotated[int, Field(strict=True)]
@@ -148,18 +149,13 @@ class RunConfig(_Settings):
     @field_validator("method")
     @classmethod
     def _method_is_known(cls, value: str) -> str:
-        # Imported here: the registry is the only list of methods, and it stands above this module.
-        try:
-            from fedmask.methods import METHODS
-        except ModuleNotFoundError:
-            return value
-
         if value not in METHODS:
             raise ConfigError(unknown("method", value, METHODS))
         return value
 
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
+        check_federated(METHODS[self.method], self.adapter)
         names = [task.name for task in self.tasks]
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:

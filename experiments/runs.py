@@ -1,0 +1,100 @@
+"""Reading a run's folder: what the server wrote, as plain values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmask.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: ``config.json`` (settings and facts), one row a round, one row a message, the summary."""
+
+    folder: Path
+    record: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    ledger: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings, as ``RunConfig.model_dump`` gives them."""
+        return dict(self.record["config"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Sizes, layouts and shards: what the settings came to for this model and these tasks."""
+        return dict(self.record["facts"])
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Task -> the name of its metric."""
+        return {task["name"]: task["metric"] for task in self.config["tasks"]}
+
+
+def read_run(folder: str | Path) -> Run:
+    """The run in ``folder``. Raises ConfigError when it holds none, or one that did not end."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise ConfigError(f"{folder}: expected the folder of a run, found none{_others(path)}")
+    missing = [name for name in ("config.json", "rounds.jsonl", "ledger.jsonl", "summary.json")
+               if not (path / name).is_file()]  # fmt: skip
+    if missing:
+        raise ConfigError(
+            f"{folder}: expected a finished run, found no {', '.join(missing)}: run it again with --overwrite"
+        )
+    return Run(
+        folder=path,
+        record=_json(path / "config.json"),
+        rounds=_lines(path / "rounds.jsonl"),
+        ledger=_lines(path / "ledger.jsonl"),
+        summary=_json(path / "summary.json"),
+    )
+
+
+def count_bytes(rows: Iterable[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Sums of the ledger's rows over ``keys`` (of round, client, direction, kind, status), in sorted order.
+
+    Each row of the answer holds the keys, ``messages``, ``payload_bytes`` and ``message_bytes``.
+    """
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for row in rows:
+        sums = groups.setdefault(tuple(row[key] for key in keys), [0, 0, 0])
+        sums[0] += 1
+        sums[1] += row["payload_bytes"]
+        sums[2] += row["message_bytes"]
+    names = ("messages", "payload_bytes", "message_bytes")
+    return [
+        dict(zip(keys, group, strict=True)) | dict(zip(names, groups[group], strict=True))
+        for group in sorted(groups)
+    ]
+
+
+def _others(path: Path) -> str:
+    names = sorted(found.parent.name for found in path.parent.glob("*/config.json"))
+    return f" (runs in {path.parent}: {', '.join(names)})" if names else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected JSON, found an error ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number}: expected a JSON object a line ({error})") from None
+    return rows
