@@ -17,7 +17,9 @@ def random(model: nn.Module, rule: Rule) -> Mask:
     """
     space = parameter_space(model, rule.eligible)
     k = mask_size(rule.density, space.eligible_size)
-    drawn = rng_for(rule.seed, -1, -1, "mask").choice(space.eligible_size, size=k, replace=False, shuffle=False)
+    drawn = rng_for(rule.seed, -1, -1, "mask").choice(
+        space.eligible_size, size=k, replace=False, shuffle=False
+    )
     indices = np.sort(drawn.astype(np.int64))
     for start, stop in space.excluded:  # ranks among eligible entries -> flat indices
         indices[indices >= start] += stop - start

@@ -1,0 +1,84 @@
+"""The methods: which mask, and what is trained besides. One entry each; no torch at import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from fedmask.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fedmask.config import AdapterConfig
+    from fedmask.masks import Mask
+    from fedmask.trainables import Trainable
+
+
+@dataclass(frozen=True)
+class Method:
+    """``mask``: the rule's name or None. ``biases``: how feed-forward biases train. Heads always train."""
+
+    name: str
+    summary: str
+    source: str
+    mask: str | None = None
+    biases: Literal["adapter", "direct"] | None = None
+    backbone: bool = False
+
+
+_PAPER = "Liao, Meng, Monz, ACL 2023, arXiv 2305.16742"
+_ALL = (
+    Method("pafi+hiwi", "smallest-magnitude mask and adapters on biases", _PAPER, "magnitude", "adapter"),
+    Method("pafi", "smallest-magnitude mask", _PAPER, "magnitude"),
+    Method("hiwi", "adapters on feed-forward biases, folded", _PAPER, biases="adapter"),
+    Method("ffn-bias", "the same biases trained directly", "after BitFit, arXiv 2106.10199", biases="direct"),
+    Method("random", "a seeded uniform mask (control)", "arXiv 2405.02596", "random"),
+    Method("largest", "largest-magnitude mask (control)", "arXiv 2305.16742, ablation", "largest"),
+    Method("full", "full fine-tuning of the backbone", "FedAvg, arXiv 1602.05629", backbone=True),
+    Method("head", "the task head alone", "linear probing"),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+
+
+def check_federated(method: Method, adapter: AdapterConfig) -> None:
+    """ConfigError if what the method trains cannot be sent each round."""
+    if adapter.target == "weight" and method.biases == "adapter" and method.mask is None:
+        raise ConfigError(
+            f"method {method.name!r} with adapters on weights: its folded change is as large as the feed-forward "
+            "matrices and cannot be sent each round; use method 'pafi+hiwi', which restricts it to the mask's "
+            "entries, or fedmask.weight_adapters for local tuning and export"
+        )
+
+
+def backbone_trainables(
+    method: Method, model: nn.Module, mask: Mask | None, adapter: AdapterConfig
+) -> list[Trainable]:
+    """What ``method`` trains in the backbone, in the vector's order. Raises ConfigError as above."""
+    from fedmask.space import backbone_of, backbone_parameters
+    from fedmask.trainables import (
+        BiasAdapters,
+        DenseTensors,
+        MaskedEntries,
+        MaskedWeightAdapters,
+        feed_forward_biases,
+    )
+
+    check_federated(method, adapter)
+    sizes = {"bottleneck": adapter.bottleneck, "activation": adapter.activation}
+    on_weights = method.biases == "adapter" and adapter.target == "weight"
+    parts: list[Trainable] = []
+    if method.mask is not None:
+        if mask is None:
+            raise ConfigError(f"method {method.name!r} needs a mask")
+        if on_weights:
+            parts.append(MaskedWeightAdapters(model, mask, **sizes))  # type: ignore[arg-type]
+        else:
+            parts.append(MaskedEntries(model, mask))
+    if method.biases == "adapter" and not on_weights:
+        parts.append(BiasAdapters(model, **sizes))  # type: ignore[arg-type]
+    if method.biases == "direct":
+        parts.append(DenseTensors("bias", backbone_of(model), feed_forward_biases(model)))
+    if method.backbone:
+        parts.append(DenseTensors("backbone", backbone_of(model), list(backbone_parameters(model))))
+    return parts

@@ -1,0 +1,30 @@
+"""What a client trains, each part filling one segment of the flat vector."""
+
+from __future__ import annotations
+
+from fedmask.trainables.adapters import (
+    ACTIVATIONS,
+    BiasAdapters,
+    MaskedWeightAdapters,
+    WeightAdapters,
+    feed_forward_biases,
+    feed_forward_layers,
+)
+from fedmask.trainables.base import Draw, Slot, Trainable, slots_of
+from fedmask.trainables.dense import DenseTensors
+from fedmask.trainables.masked import MaskedEntries
+
+__all__ = [
+    "ACTIVATIONS",
+    "BiasAdapters",
+    "DenseTensors",
+    "Draw",
+    "MaskedEntries",
+    "MaskedWeightAdapters",
+    "Slot",
+    "Trainable",
+    "WeightAdapters",
+    "feed_forward_biases",
+    "feed_forward_layers",
+    "slots_of",
+]

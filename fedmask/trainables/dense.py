@@ -1,0 +1,35 @@
+"""Whole tensors trained directly: heads, feed-forward biases, and the backbone of full fine-tuning."""
+
+from __future__ import annotations
+
+import torch
+
+from fedmask.trainables.base import Chunks, Draw, Trainable, slots_of
+
+
+class DenseTensors(Trainable):
+    """Trains the change of all entries of the named parameters of ``module``, in the given order.
+
+    ``values`` float32 ``[sum of sizes]``: the change, tensor by tensor, row-major.
+    """
+
+    def __init__(self, segment: str, module: torch.nn.Module, names: list[str]) -> None:
+        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        sizes = [int(torch.Size(shapes[name]).numel()) for name in names]
+        super().__init__(segment, slots_of(module, names), size=sum(sizes), local_size=sum(sizes))
+        self.names = names
+        self._order = {name: i for i, name in enumerate(names)}
+        self._shapes = shapes
+        self._chunks = Chunks(sizes)
+
+    def begin(self, change: torch.Tensor, draw: Draw) -> None:
+        with torch.no_grad():
+            self.values.copy_(change)
+
+    def change(self) -> torch.Tensor:
+        return self.values.detach().clone()
+
+    def effective(self, slot: int, tensor: torch.Tensor) -> torch.Tensor:
+        name = self.slots[slot].name
+        change = self._chunks.get(self.values)[self._order[name]].view(self._shapes[name])
+        return (tensor.float() + change).to(tensor.dtype)

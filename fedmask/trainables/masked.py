@@ -1,0 +1,119 @@
+"""Masked entries: k scattered values of the frozen weights (PaFi, arXiv 2305.16742, and any other mask)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedmask.kernels import Pattern
+from fedmask.masks.base import Mask
+from fedmask.space import backbone_of, backbone_parameters, is_conv1d, is_linear
+from fedmask.stored import stored_reader
+from fedmask.trainables.base import Chunks, Draw, Slot, Trainable, slots_of, version
+
+
+class MaskedEntries(Trainable):
+    """Trains the change of exactly the mask's entries; everything else keeps its bits.
+
+    ``values`` float32 ``[k]`` in the mask's order: the change from the stored checkpoint. The model's
+    weights hold reference + change at the masked places (in the weights' dtype), written in place
+    whenever ``values`` has changed, so that the forward pass needs no copy of a weight.
+    """
+
+    def __init__(self, model: torch.nn.Module, mask: Mask, *, kernel: str = "auto") -> None:
+        parts = mask.per_tensor()
+        names = list(parts)
+        super().__init__("mask", slots_of(backbone_of(model), names), size=mask.k, local_size=mask.k)
+        read = stored_reader(model, backbone_parameters(model))
+        self.mask = mask
+        self.kernel = kernel
+        self._order = {name: i for i, name in enumerate(names)}
+        self._indices = [torch.from_numpy(parts[name]) for name in names]
+        self._reference = [
+            read(name).reshape(-1)[index].float() for name, index in zip(names, self._indices, strict=True)
+        ]
+        self._tensors = self._one_slot_each(names)
+        self._patterns: dict[str, Any] = {
+            slot.name: _pattern(slot, parts[slot.name]) for slot in self.slots if is_matrix(slot)
+        }
+        self._chunks = Chunks([len(index) for index in self._indices])
+        self._written: tuple[Any, ...] = ()
+
+    def _one_slot_each(self, names: list[str]) -> list[Slot]:
+        first: dict[str, Slot] = {}
+        for slot in self.slots:
+            first.setdefault(slot.name, slot)
+        return [first[name] for name in names]
+
+    def begin(self, change: torch.Tensor, draw: Draw) -> None:
+        with torch.no_grad():
+            self.values.copy_(change)
+        self._write()
+
+    def change(self) -> torch.Tensor:
+        return self.values.detach().clone()
+
+    def entry(self, name: str) -> torch.Tensor:
+        """One tensor's masked changes: float32 ``[k of the tensor]``, differentiable in ``values``."""
+        return self._chunks.get(self.values)[self._order[name]]
+
+    def written(self, name: str) -> torch.Tensor:
+        """``entry(name)``, after the weights have been brought up to date with ``values``."""
+        if version(self.values) != self._written:
+            self._write()
+        return self.entry(name)
+
+    def pattern(self, slot: int) -> tuple[torch.Tensor, Any]:
+        """For a linear layer's weight: its changes (float32 ``[k of the layer]``) and where they lie."""
+        name = self.slots[slot].name
+        return self.written(name), self._patterns[name]
+
+    def effective(self, slot: int, tensor: torch.Tensor) -> torch.Tensor:
+        name = self.slots[slot].name
+        entries, index = self.written(name), self._indices[self._order[name]]
+        # An alias of the weight, which already holds the change; only the gradient is routed.
+        seen: torch.Tensor = _Gather.apply(entries, tensor, index)  # type: ignore[no-untyped-call]
+        return seen
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for slot, index, reference in zip(self._tensors, self._indices, self._reference, strict=True):
+                flat(slot.tensor)[index] = reference.to(slot.tensor.dtype)
+        self._written = ()
+
+    def _write(self) -> None:
+        with torch.no_grad():
+            for slot, index, reference in zip(self._tensors, self._indices, self._reference, strict=True):
+                flat(slot.tensor)[index] = (reference + self.entry(slot.name)).to(slot.tensor.dtype)
+        self._written = version(self.values)
+
+
+def is_matrix(slot: Slot) -> bool:
+    """Whether the slot is the weight of a linear layer, which has the sampled gradient."""
+    return is_linear(slot.module) and slot.parameter == "weight"
+
+
+def flat(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter's storage as one row; an error where that would be a copy (writes would be lost)."""
+    return parameter.detach().view(-1)
+
+
+def _pattern(slot: Slot, indices: np.ndarray) -> Any:
+    layout = "conv1d" if is_conv1d(slot.module) else "linear"
+    rows, columns = slot.tensor.shape
+    return Pattern.from_flat(indices, (rows, columns), layout=layout)
+
+
+class _Gather(torch.autograd.Function):
+    """Identity on a tensor that already holds the change; the backward pass gathers k gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, entries: torch.Tensor, tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.index = index
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return gradient.reshape(-1)[ctx.index].float(), None, None
