@@ -1,0 +1,172 @@
+"""The command ``fedmask``. Heavy libraries are imported inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from fedmask.errors import FedmaskError
+
+app = typer.Typer(
+    help="Fine-tune a pre-trained transformer across clients through one shared sparse mask.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder of a finished run, such as runs/demo.")
+]
+
+
+@app.command()
+def run(
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with the settings (none: the demo's).")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="minilm (bundled), a folder, or a hub name.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="tweets:6, bbc:2, or name=N,source=FILE_OR_HUB_NAME,text=COL[+COL],label=COL,metric=M,clients=K."
+            " Repeat it for several tasks."
+        ),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="What is trained: pafi+hiwi, pafi, hiwi, ...")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of eligible entries in the mask, in (0, 1].")
+    ] = None,
+    eligible: Annotated[str | None, typer.Option(help="linear, linear+embeddings or all.")] = None,
+    per_tensor: Annotated[
+        bool | None, typer.Option("--per-tensor", help="The density holds in every tensor, not overall.")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="mean (linear on mean of states) or hf (the model's own).")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Number of rounds.")] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="dirichlet, pathological, shard, quantity, iid or natural.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Dirichlet concentration: small is more skewed.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the local optimizer.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over a client's rows per round.")] = None,
+    steps: Annotated[int | None, typer.Option(help="At most so many steps per client and round.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per step.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Texts are cut at so many tokens.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="fedavg, fedadam, fedmedian, krum, ...")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Setting of the strategy as key=value. Repeatable.")
+    ] = None,
+    clients_per_round: Annotated[
+        int | None, typer.Option(help="Clients sampled per round (none: all).")
+    ] = None,
+    values: Annotated[str | None, typer.Option(help="fp32 or fp16: how values travel.")] = None,
+    mask_transport: Annotated[str | None, typer.Option(help="recipe (under 256 bytes) or packed.")] = None,
+    eval_rows: Annotated[
+        int | None, typer.Option(help="At most so many dev rows per task and round.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads per client; part of the result's last bits.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Clients that train at the same time.")] = None,
+    engine: Annotated[str, typer.Option(help="inprocess, ray or superlink.")] = "inprocess",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting as dotted.key=value. Repeatable.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run and of its folder.")] = None,
+    runs_dir: Annotated[str | None, typer.Option(help="Folder of the runs' folders.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing run of this name.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Run a federation and write runs/NAME: settings, metrics, ledger, final delta, report."""
+    from experiments.options import KEYS, build_config
+
+    given = locals()
+    settings = build_config(config, {key: given[key] for key in KEYS}, task or (), option or (), set_ or ())
+    from experiments.commands import run_federation
+
+    run_federation(settings, engine=engine, overwrite=overwrite, as_json=json)
+
+
+@app.command()
+def mask(
+    model: Annotated[str, typer.Argument(help="minilm (bundled), a folder, or a hub name.")],
+    density: Annotated[float, typer.Option(help="Share of eligible entries, in (0, 1].")] = 0.005,
+    eligible: Annotated[str, typer.Option(help="linear, linear+embeddings or all.")] = "linear",
+    per_tensor: Annotated[
+        bool, typer.Option("--per-tensor", help="The density holds in every tensor.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Derive a model's mask: size, threshold, digest, exact zeros, and how many entries each tensor has."""
+    from experiments.commands import show_mask
+
+    show_mask(model, density=density, eligible=eligible, per_tensor=per_tensor, as_json=json)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[Path, typer.Option(help="New folder; it gets one folder a task.")],
+    json: Json = False,
+) -> None:
+    """Write a run's final model as ordinary Hugging Face checkpoints, one folder a task."""
+    from experiments.commands import export_run
+
+    export_run(run, to, as_json=json)
+
+
+@app.command()
+def report(run: RunFolder, json: Json = False) -> None:
+    """Write a run's report.md and figures again, from its folder alone."""
+    from experiments.commands import rebuild_report
+
+    rebuild_report(run, as_json=json)
+
+
+@app.command()
+def ledger(
+    run: RunFolder,
+    by: Annotated[
+        str, typer.Option(help="Comma-separated: round, client, direction, kind, status.")
+    ] = "direction,kind",
+    json: Json = False,
+) -> None:
+    """Sum a run's messages: payload and whole serialized messages."""
+    from experiments.commands import show_ledger
+
+    show_ledger(run, by, as_json=json)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; what a user got wrong becomes one line on stderr and exit code 2."""
+    try:
+        code: Any = app(args=arguments, standalone_mode=False)
+    except (FedmaskError, OSError) as error:
+        code = _fail(str(error))
+    except click.ClickException as error:
+        code = _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        print("fedmask: stopped", file=sys.stderr)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    print("fedmask: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

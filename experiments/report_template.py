@@ -1,0 +1,88 @@
+"""The text of report.md (Jinja2). A string in a module, because Flower's app bundle carries no .md.j2 or .html."""
+
+from __future__ import annotations
+
+TEMPLATE = """\
+# Run {{ config.name }}
+
+{{ config.method }} on `{{ config.model }}`: {{ trained }}.
+{{ clients }} clients, {{ summary.rounds }} rounds, {{ summary.steps }} local steps in all,
+{{ "%.0f" | format(summary.seconds) }} s on engine `{{ record.engine }}`, seed {{ config.seed }},
+{{ config.threads }} thread{{ "s" if config.threads > 1 }} per client.
+
+## Quality
+
+| task | metric | dev, before | dev, end | test, end |
+|---|---|---:|---:|---:|
+{% for row in quality -%}
+| {{ row.task }} | {{ row.metric }} | {{ score(row.before) }} | {{ score(row.dev) }} | {{ score(row.test) }} |
+{% endfor %}
+The test split is read once, after the last round; nothing was chosen by it.
+
+![score on the dev split against payload bytes](figures/{{ figures.quality }})
+
+![score by round](figures/{{ figures.rounds }})
+
+## Bytes
+
+Per client and round, mean over the training messages that were answered:
+
+| direction | payload | whole message |
+|---|---:|---:|
+{% for row in traffic -%}
+| {{ row.direction }} | {{ size(row.payload) }} | {{ size(row.message) }} |
+{% endfor %}
+The whole run, all clients, both directions ({{ summary.rounds }} rounds):
+
+| what is sent | payload | against this run |
+|---|---:|---:|
+{% for row in comparisons -%}
+| {{ row.label }} | {{ size(row.payload) }} | {{ "%.2f" | format(row.ratio) }} x |
+{% endfor %}
+Rows marked *measured* are sums of this run's ledger; the others are computed for the same rounds and
+clients{% if notes %}:
+
+{% for note in notes -%}
+- {{ note }}
+{% endfor %}{% else %}.
+{% endif %}
+## Who holds what
+
+![training rows by client and label](figures/{{ figures.labels }})
+
+| client | task | training rows | held-out rows |
+|---:|---|---:|---:|
+{% for part in facts.partitions -%}
+| {{ part.client }} | {{ part.task }} | {{ part.train_rows }} | {{ part.held_out_rows }} |
+{% endfor %}
+## Replies that did not count
+
+{% if lost -%}
+| round | client | reason |
+|---:|---:|---|
+{% for row in lost -%}
+| {{ row.round }} | {{ row.client }} | {{ row.reason }} |
+{% endfor %}
+{%- else -%}
+None: every reply of every round was used.
+{% endif %}
+## What these figures are, and are not
+
+- *Payload* is values and indices alone. *Whole message* is the serialized Flower message: payload,
+  envelope, metrics and Flower's own records.
+- Not counted: HTTP and TCP headers, TLS, heartbeats, the bundle with the app's code, and the
+  pre-trained checkpoint, which every party is taken to hold already.
+- Scores are those of one seed. On n rows an accuracy near p has a standard error of
+  sqrt(p (1 - p) / n); the dev scores here stand on at most {{ config.eval_rows }} rows a task.
+- *Held-out rows, after local training* is each client's own model on its own rows (personalized);
+  *as received* is the shared model on the same rows. Both are means over the sampled clients.
+
+## To run it again
+
+The folder's `config.json` holds every setting, the versions and the machine.
+
+| | |
+|---|---|
+{% for name, value in identity -%}
+| {{ name }} | `{{ value }}` |
+{% endfor %}"""

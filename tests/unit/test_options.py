@@ -1,0 +1,99 @@
+"""The command line's options as settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments.options import DEMO, KEYS, STUDIES, build_config, parse_task
+from fedmask.config import load_config
+from fedmask.errors import ConfigError
+
+
+def test_nothing_given_is_the_demo_under_another_name() -> None:
+    demo = load_config(DEMO)
+    assert demo.name == "demo"
+    assert build_config(None, {}) == demo.model_copy(update={"name": "run"})
+
+
+def test_an_option_wins_over_the_file_and_none_means_not_given(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("density = 0.1\nrounds = 3\n[train]\nlr = 0.5\n[[tasks]]\nname = 'bbc'\nclients = 2\n")
+    config = build_config(path, {"density": 0.2, "lr": None, "alpha": 9.0})
+    assert (config.density, config.rounds, config.train.lr, config.partition.alpha) == (0.2, 3, 0.5, 9.0)
+
+
+def test_every_option_reaches_a_setting() -> None:
+    config = build_config(None, {}).model_dump()
+    for dotted in KEYS.values():
+        value = config
+        for key in dotted.split("."):
+            value = value[key]
+
+
+def test_tasks_replace_the_files_tasks() -> None:
+    config = build_config(None, {}, tasks=["bbc:3"])
+    assert [(task.name, task.clients) for task in config.tasks] == [("bbc", 3)]
+
+
+def test_strategy_options_and_any_other_setting() -> None:
+    config = build_config(
+        None,
+        {"strategy": "fedtrimmedavg"},
+        options=["beta=0.1"],
+        sets=["train.optimizer=sgd", "partition.held_out=0", "per_tensor=true", "train.clip_norm=2"],
+    )
+    assert config.server.options == {"beta": 0.1}
+    assert (config.train.optimizer, config.partition.held_out, config.per_tensor) == ("sgd", 0, True)
+
+
+def test_a_task_in_full() -> None:
+    spec = "name=reviews,source=rows.csv,text=title+body,label=stars,metric=f1,clients=4"
+    assert parse_task(spec) == {
+        "name": "reviews",
+        "source": "rows.csv",
+        "text": ["title", "body"],
+        "label": "stars",
+        "metric": "f1",
+        "clients": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("spec", "parts"),
+    [
+        ("tweets", ["NAME:CLIENTS"]),
+        (":4", ["NAME:CLIENTS"]),
+        ("tweets:many", ["number of clients", "'many'"]),
+        ("name=a,clients=x", ["number of clients", "'x'"]),
+        ("name=a,clinets=3", ["'clinets'", "nearest is 'clients'"]),
+        ("name=a,name=b", ["'name'", "twice"]),
+        ("name=a,clients", ["key=value", "'clients'"]),
+    ],
+)
+def test_a_bad_task_is_one_line(spec: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_task(spec)
+    assert all(part in str(caught.value) for part in parts)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"options": ["beta"]}, "--option 'beta': expected key=value"),
+        ({"sets": ["train.lrr=1"]}, "nearest is 'lr'"),
+        ({"sets": ["seed.x=1"]}, "'seed'"),
+        ({"sets": ["=1"]}, "expected key=value"),
+    ],
+)
+def test_bad_pairs(arguments: dict[str, list[str]], part: str) -> None:
+    with pytest.raises(ConfigError, match=".") as caught:
+        build_config(None, {}, **arguments)
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_study_is_a_valid_config(path: Path) -> None:
+    assert load_config(path).name == path.stem
