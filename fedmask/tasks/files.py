@@ -1,0 +1,153 @@
+"""Local CSV, TSV, JSON, JSON Lines and Parquet files as tables.
+
+Each call reads the file anew: there is no cache that could serve an older version of it. Delimited
+files are read as text, so a label ``01``, a text ``NA`` and a text of digits stay what they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedmask.errors import DataError
+from fedmask.tasks.table import Table, table_of
+
+
+def read_file(path: Path) -> Table:
+    """The table in ``path``; the ending chooses the format (see ``SUFFIXES``).
+
+    ``.csv`` follows the usual quoting with ``"``. ``.tsv`` knows no quoting at all, as in GLUE: a
+    tab always ends a field, a line end always ends a row, and quotes are part of the text.
+    ``.jsonl`` and ``.json`` hold one object a line, or one array of objects. Raises DataError.
+    """
+    where = f"file {path}"
+    if not path.is_file():
+        raise DataError(f"{where}: expected a file, found {'a folder' if path.is_dir() else 'nothing'} there")
+    reader = SUFFIXES.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{where}: expected a name ending in {', '.join(SUFFIXES)}, found {path.suffix!r}")
+    try:
+        table = reader(path, where)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x} at {error.start}"
+            f" of a block; convert the file to UTF-8"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror or error})") from None
+    if not len(table):
+        raise DataError(f"{where}: expected rows, found none")
+    return table
+
+
+def read_delimited(path: Path, where: str, delimiter: str, quoted: bool, errors: str = "strict") -> Table:
+    """A delimited file with a header line. ``errors`` is Python's rule for bytes that are no UTF-8."""
+    with _long_fields(), path.open(newline="", encoding="utf-8-sig", errors=errors) as handle:
+        reader = csv.reader(
+            handle,
+            delimiter=delimiter,
+            quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+            strict=True,
+        )
+        try:
+            header = next(reader, [])
+            repeated = sorted({name for name in header if header.count(name) > 1})
+            if repeated:
+                raise DataError(f"{where}: expected one column of each name, found {repeated[0]!r} twice")
+            rows = [row for row in _checked(reader, header, where) if row]
+        except csv.Error as error:
+            raise DataError(f"{where}: line {reader.line_num} cannot be read ({error})") from None
+    columns = zip(*rows, strict=True) if rows else ((),) * len(header)
+    return Table(where, dict(zip(header, columns, strict=True)))
+
+
+def _checked(reader: Iterable[list[str]], header: list[str], where: str) -> Iterator[list[str]]:
+    for number, row in enumerate(reader, start=1):
+        if row and len(row) != len(header):
+            raise DataError(
+                f"{where}: expected {len(header)} fields in each row as in the header,"
+                f" found {len(row)} in data row {number}"
+            )
+        yield row
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Lifts the csv module's limit of 131,072 characters a field, which is a global setting."""
+    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _read_csv(path: Path, where: str) -> Table:
+    return read_delimited(path, where, ",", quoted=True)
+
+
+def _read_tsv(path: Path, where: str) -> Table:
+    return read_delimited(path, where, "\t", quoted=False)
+
+
+def _read_json(path: Path, where: str) -> Table:
+    text = path.read_text(encoding="utf-8-sig")
+    rows = _array(text, where) if text.lstrip().startswith("[") else _lines(text, where)
+    names: dict[str, None] = {}
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected an object in each row, found {_kind(row)} in row {number}")
+        names.update(dict.fromkeys(row))
+    return Table(where, {name: [row.get(name) for row in rows] for name in names})
+
+
+def _array(text: str, where: str) -> list[dict[str, object]]:
+    try:
+        rows: list[dict[str, object]] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: line {error.lineno} is no JSON ({error.msg})") from None
+    return rows
+
+
+def _lines(text: str, where: str) -> list[dict[str, object]]:
+    rows = []
+    # Not splitlines(): it also splits at U+2028 and others, which JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{where}: expected one JSON object a line, or one array of objects;"
+                    f" line {number} is no JSON ({error.msg})"
+                ) from None
+    return rows
+
+
+def _kind(value: object) -> str:
+    return {list: "an array", str: "a string", type(None): "null"}.get(type(value), type(value).__name__)
+
+
+def _read_parquet(path: Path, where: str) -> Table:
+    import pyarrow  # type: ignore[import-untyped, unused-ignore]
+    import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{where}: expected a Parquet file ({str(error).splitlines()[0]})") from None
+    return table_of(Dataset(InMemoryTable(table)), where)
+
+
+SUFFIXES: dict[str, Callable[[Path, str], Table]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}

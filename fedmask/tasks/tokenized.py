@@ -1,0 +1,97 @@
+"""Texts as flat arrays of token ids: no Python object a token, and none a row."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmask.tasks.columns import LABEL, TEXT, TEXT_PAIR
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Rows whose Python token lists exist at the same time.
+_CHUNK = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenized:
+    """n tokenized rows; the tokens of row i are ``tokens[offsets[i]:offsets[i + 1]]``.
+
+    ``tokens`` int32 [total], ``offsets`` int64 [n + 1], ``token_types`` uint8 [total] or None for a
+    tokenizer that makes none, ``labels`` int64 [n] class ids or float32 [n] values.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    token_types: npt.NDArray[np.uint8] | None
+    labels: npt.NDArray[np.int64] | npt.NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row, special tokens included; int64 [n]."""
+        return np.diff(self.offsets)
+
+    def select(self, rows: npt.NDArray[np.integer[Any]]) -> Tokenized:
+        """The given rows (int [m], any order, repeats allowed) as copies."""
+        where, lengths = self.positions(rows)
+        types = None if self.token_types is None else self.token_types[where]
+        return Tokenized(self.tokens[where], _offsets(lengths), types, self.labels[rows])
+
+    def positions(
+        self, rows: npt.NDArray[np.integer[Any]]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where the rows' tokens are: int64 [their total], row after row; and their lengths."""
+        starts = self.offsets[rows]
+        lengths = self.offsets[np.asarray(rows) + 1] - starts
+        first = _offsets(lengths)[:-1]
+        return np.arange(lengths.sum()) + np.repeat(starts - first, lengths), lengths
+
+
+def tokenize(rows: Dataset, tokenizer: Any, max_tokens: int) -> Tokenized:
+    """All rows of a task's split through a Hugging Face tokenizer, cut to ``max_tokens``.
+
+    The limit counts special tokens; of a pair the longer text is cut first. To tokenize a part,
+    select it first: ``tokenize(data.dev.select(chosen), ...)``.
+    """
+    paired = TEXT_PAIR in rows.column_names
+    texts = rows.select_columns([TEXT, TEXT_PAIR] if paired else [TEXT])
+    tokens, types, lengths = [], [], []
+    for start in range(0, len(texts), _CHUNK):
+        chunk = texts[start : start + _CHUNK]
+        encoded = tokenizer(
+            chunk[TEXT],
+            chunk[TEXT_PAIR] if paired else None,
+            truncation=True,
+            max_length=max_tokens,
+            padding=False,
+            return_attention_mask=False,
+        )
+        tokens.append(_flat(encoded["input_ids"], np.int32))
+        lengths.append(np.fromiter(map(len, encoded["input_ids"]), np.int64))
+        if "token_type_ids" in encoded:
+            types.append(_flat(encoded["token_type_ids"], np.uint8))
+    dtype = np.float32 if rows.features[LABEL].dtype.startswith("float") else np.int64
+    labels: npt.NDArray[Any] = np.asarray(rows[LABEL][:], dtype=dtype)
+    return Tokenized(
+        np.concatenate(tokens) if tokens else np.empty(0, np.int32),
+        _offsets(np.concatenate(lengths) if lengths else np.empty(0, np.int64)),
+        np.concatenate(types) if types else None,
+        labels,
+    )
+
+
+def _flat(lists: Iterable[Iterable[int]], dtype: Any) -> npt.NDArray[Any]:
+    return np.fromiter(itertools.chain.from_iterable(lists), dtype)
+
+
+def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
