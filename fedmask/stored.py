@@ -71,7 +71,7 @@ def _tensor_files(model: nn.Module) -> dict[str, Path]:
     from safetensors import safe_open
 
     with safe_open(str(single), framework="pt") as file:
-        return {key: single for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        return dict.fromkeys(file.keys(), single)
 
 
 def _checkpoint_file(model: nn.Module, name: str) -> Path | None:

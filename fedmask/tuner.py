@@ -171,6 +171,6 @@ def _refuse_fused(model: nn.Module, trainables: list[Trainable]) -> None:
         for slot in trainable.slots:
             if id(slot.module) in inside:
                 raise ConfigError(
-                    f"{slot.name} lies in a fused {type(slot.module).__name__} of torch.nn, which cannot be tuned "
-                    "sparsely; use a transformers model"
+                    f"{slot.name} lies in a fused {type(slot.module).__name__} of torch.nn, which cannot be "
+                    "tuned sparsely; use a transformers model"
                 )

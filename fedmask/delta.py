@@ -1,0 +1,172 @@
+"""The small file that holds what was trained: k values and the recipe of their places.
+
+A safetensors file: one float32 tensor a segment (changes from the checkpoint), text metadata. Nothing
+is ever unpickled. A mask that no rule can derive again is stored with its packed indices.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedmask.codecs import pack_indices, unpack_indices
+from fedmask.errors import CheckpointError, ConfigError
+from fedmask.layout import HEAD_PREFIX
+from fedmask.masks import RULES, Mask, Recipe, derive_mask, mask_from_indices
+from fedmask.space import backbone_parameters, checkpoint_digest, parameter_space
+from fedmask.stored import stored_reader
+
+_FORMAT = "fedmask-delta"
+_INDICES = "mask.indices"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Segments (float32, flat) with what is needed to put them in place.
+
+    ``names``: for segments of whole tensors, the tensors' names in order (in the backbone; for
+    ``head`` in the whole model). ``checkpoint``: digest of the backbone that they change.
+    """
+
+    segments: Mapping[str, np.ndarray]
+    checkpoint: str
+    recipe: Recipe | None = None
+    names: Mapping[str, list[str]] = field(default_factory=dict)
+    indices: np.ndarray | None = None
+    size: int = 0
+    more: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_delta(
+    path: str | Path,
+    segments: Mapping[str, np.ndarray],
+    *,
+    checkpoint: str,
+    mask: Mask | None = None,
+    names: Mapping[str, list[str]] | None = None,
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """Write a delta file. ``segments``: float32 changes; ``mask`` where one of them is ``mask``."""
+    from safetensors.numpy import save_file
+
+    tensors = {name: np.ascontiguousarray(values, dtype=np.float32) for name, values in segments.items()}
+    recipe = mask.recipe() if mask is not None else None
+    if mask is not None and mask.rule.name not in RULES:
+        packed = pack_indices(mask.indices, mask.space.size)
+        tensors[_INDICES] = np.frombuffer(packed, dtype=np.uint8)
+    metadata = {
+        "format": _FORMAT,
+        "version": "1",
+        "checkpoint": checkpoint,
+        "recipe": recipe.to_json() if recipe is not None else "",
+        "names": json.dumps(dict(names or {})),
+        "space": str(mask.space.size) if mask is not None else "0",
+        "more": json.dumps(dict(more or {})),
+    }
+    save_file(tensors, str(path), metadata=metadata)
+
+
+def read_delta(path: str | Path) -> Delta:
+    """Read a delta file. CheckpointError if it is none, damaged, or of another version."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise ConfigError(f"delta {path}: no such file; write one with fedmask.save_delta")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT or metadata.get("version") != "1":
+                raise CheckpointError(
+                    f"delta {path}: expected {_FORMAT} version 1, found {metadata.get('format')} "
+                    f"{metadata.get('version')}; write it with fedmask.save_delta of this release"
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise CheckpointError(f"delta {path}: damaged file ({error}); save it again") from error
+    size = int(metadata["space"])
+    packed = tensors.pop(_INDICES, None)
+    return Delta(
+        segments=tensors,
+        checkpoint=metadata["checkpoint"],
+        recipe=Recipe.from_json(metadata["recipe"]) if metadata["recipe"] else None,
+        names=json.loads(metadata["names"]),
+        indices=unpack_indices(packed.tobytes(), size) if packed is not None else None,
+        size=size,
+        more=json.loads(metadata["more"]),
+    )
+
+
+def apply_delta(model: nn.Module, delta: Delta) -> nn.Module:
+    """Add ``delta`` to ``model``'s stored weights, in place, and return it.
+
+    Heads of a federation's tasks (``head/<task>``) are left out: ``fedmask export`` writes whole
+    models. CheckpointError if the model is another checkpoint or lacks a tensor.
+    """
+    found = checkpoint_digest(model)
+    if found != delta.checkpoint:
+        raise CheckpointError(
+            f"delta: made for the checkpoint {delta.checkpoint}, found {found}; "
+            "load the same pre-trained model"
+        )
+    backbone = backbone_parameters(model)
+    read = stored_reader(model, backbone)
+    with torch.no_grad():
+        for segment, values in delta.segments.items():
+            change = torch.from_numpy(values)
+            if segment == "mask":
+                places = _places(model, delta)
+                pieces = torch.split(change, [len(index) for index in places.values()])
+                for (name, index), piece in zip(places.items(), pieces, strict=True):
+                    reference = read(name).reshape(-1)[index].float()
+                    backbone[name].view(-1)[index] = (reference + piece).to(backbone[name].dtype)
+            elif not segment.startswith(HEAD_PREFIX):
+                whole = dict(model.named_parameters()) if segment == "head" else backbone
+                _add_whole(whole, segment, delta.names.get(segment, []), change)
+    return model
+
+
+def _places(model: nn.Module, delta: Delta) -> dict[str, torch.Tensor]:
+    """Flat indices of the masked entries by tensor, checked against the file."""
+    if delta.recipe is None:
+        raise CheckpointError("delta: masked values without a recipe; the file is damaged")
+    rule = delta.recipe.rule
+    if delta.indices is not None:
+        mask = mask_from_indices(delta.indices, parameter_space(model, rule.eligible), rule)
+    else:
+        mask = derive_mask(model, rule)
+    if mask.digest != delta.recipe.mask:
+        raise CheckpointError(
+            f"delta: made for the mask {delta.recipe.mask}, this model gives {mask.digest}; "
+            "load the same pre-trained model with the same release of fedmask"
+        )
+    _check_size("mask", int(delta.segments["mask"].size), mask.k)
+    return {name: torch.from_numpy(index) for name, index in mask.per_tensor().items()}
+
+
+def _add_whole(
+    parameters: Mapping[str, nn.Parameter], segment: str, names: list[str], change: torch.Tensor
+) -> None:
+    missing = [name for name in names if name not in parameters]
+    if missing:
+        raise CheckpointError(
+            f"delta: segment {segment!r} changes {missing[0]}, which this model lacks; "
+            "load the model class it was trained with"
+        )
+    sizes = [parameters[name].numel() for name in names]
+    _check_size(segment, change.numel(), sum(sizes))
+    for name, part in zip(names, torch.split(change, sizes), strict=True):
+        parameter = parameters[name]
+        parameter.copy_((parameter.float() + part.view(parameter.shape)).to(parameter.dtype))
+
+
+def _check_size(segment: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise CheckpointError(
+            f"delta: segment {segment!r}: expected {expected} values, found {found}; damaged file"
+        )

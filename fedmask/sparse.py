@@ -1,0 +1,94 @@
+"""Sparse fine-tuning in plain PyTorch: the same parts that a federation uses, without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from fedmask.delta import apply_delta, read_delta, write_delta
+from fedmask.masks import Mask
+from fedmask.rng import rng_for
+from fedmask.space import backbone_of, backbone_parameters, checkpoint_digest
+from fedmask.trainables import (
+    BiasAdapters,
+    DenseTensors,
+    MaskedEntries,
+    Trainable,
+    WeightAdapters,
+    feed_forward_biases,
+)
+from fedmask.tuner import attach, tuning_of
+
+
+def sparsify(
+    model: nn.Module,
+    mask: Mask,
+    *,
+    head: bool = False,
+    ffn_bias: bool = False,
+    bias_adapters: int | None = None,
+    kernel: str = "auto",
+) -> nn.Module:
+    """Make ``model`` train exactly the mask's k entries; returns it, ready for any training loop.
+
+    Afterwards the parameters that require grad are one float32 vector of k changes, plus what is
+    asked for: ``head`` (all that is not backbone), ``ffn_bias`` (feed-forward biases) or
+    ``bias_adapters`` (HiWi adapters of that bottleneck on them, folded by ``merge``). Frozen entries
+    keep their bits. Works in place; undone by ``merge``. Source: PaFi and HiWi, arXiv 2305.16742.
+    Raises ConfigError if the model is being tuned already or lacks the asked tensors.
+    """
+    parts: list[Trainable] = [MaskedEntries(model, mask, kernel=kernel)]
+    if ffn_bias:
+        parts.append(DenseTensors("bias", backbone_of(model), feed_forward_biases(model)))
+    if bias_adapters is not None:
+        parts.append(BiasAdapters(model, bottleneck=bias_adapters))
+    if head:
+        inside = {id(p) for p in backbone_parameters(model).values()}
+        names = [name for name, p in model.named_parameters() if id(p) not in inside]
+        parts.append(DenseTensors("head", model, names))
+    return _start(model, parts)
+
+
+def weight_adapters(
+    model: nn.Module, *, bottleneck: int = 16, activation: str = "relu", seed: int = 0
+) -> nn.Module:
+    """Put a HiWi adapter on every feed-forward weight: W' = W + f(W W_down) W_up, folded by ``merge``.
+
+    For local tuning and export: the folded change is dense. Source: arXiv 2305.16742.
+    """
+    return _start(model, [WeightAdapters(model, bottleneck=bottleneck, activation=activation)], seed)
+
+
+def _start(model: nn.Module, parts: list[Trainable], seed: int = 0) -> nn.Module:
+    import torch
+
+    tuning = attach(model, parts)
+    tuning.begin(torch.zeros(tuning.layout.size), lambda purpose: rng_for(seed, -1, -1, purpose))
+    return model
+
+
+def save_delta(model: nn.Module, path: str | Path) -> None:
+    """Write what ``model`` (from ``sparsify``) has learned: k float32 values and the mask's recipe.
+
+    ConfigError if nothing is attached to the model.
+    """
+    trainables = tuning_of(model).trainables
+    masks = [t.mask for t in trainables if isinstance(t, MaskedEntries)]
+    names = {t.segment: list(t.names) for t in trainables if hasattr(t, "names")}
+    write_delta(
+        path,
+        {t.segment: t.change().numpy() for t in trainables},
+        # Only masked entries are written in place, and a mask knows its checkpoint.
+        checkpoint=masks[0].space.checkpoint if masks else checkpoint_digest(model),
+        mask=masks[0] if masks else None,
+        names=names,
+    )
+
+
+def load_delta(model: nn.Module, path: str | Path) -> nn.Module:
+    """Add a delta file to a freshly loaded pre-trained ``model``, in place, and return it.
+
+    CheckpointError if the model is not the checkpoint that the file was made for, or the file is damaged.
+    """
+    return apply_delta(model, read_delta(path))

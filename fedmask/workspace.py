@@ -1,0 +1,226 @@
+"""Everything that one process needs to serve any client of a run, built from the config alone.
+
+Server, in-process worker, Ray actor and container all use it: a client is its vector, its shard and
+its random stream; the backbone is loaded once a process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from fedmask import config as configuration
+from fedmask.config import RunConfig
+from fedmask.errors import ConfigError
+from fedmask.layout import HEAD_PREFIX, Layout
+from fedmask.masks import Mask, Recipe, Rule, derive_mask, mask_from_indices
+from fedmask.methods import METHODS, backbone_trainables
+from fedmask.models import Backbone, MeanHead, OwnHead, head_parameters, load_backbone, task_model
+from fedmask.rng import rng_for
+from fedmask.space import ParameterSpace, backbone_parameters, checkpoint_digest, parameter_space
+from fedmask.tasks import TaskData, Tokenized, assignments, load_task, shards, split_held_out, tokenize
+from fedmask.trainables import DenseTensors
+from fedmask.training import LocalUpdate, Stream, evaluate, local_update, tuned
+from fedmask.tuner import attach, detach, tuning_of
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One client's rows: ``train`` and the part that it holds out for itself."""
+
+    task: str
+    train: Tokenized
+    held_out: Tokenized
+
+
+class Workspace:
+    """One run's backbone, mask, task models and data, each made when first asked for."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._tasks = {task.name: task for task in config.tasks}
+        self._assignments = assignments(config)
+        self._data: dict[str, TaskData] = {}
+        self._rows: dict[str, list[np.ndarray]] = {}
+        self._shards: dict[int, Shard] = {}
+        self._central: dict[tuple[str, str, int | None], Tokenized] = {}
+        self._models: dict[str, MeanHead | OwnHead] = {}
+        self._given: Mask | None = None
+
+    # The model ---------------------------------------------------------------------------------
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The pre-trained model, pristine between uses."""
+        return load_backbone(self.config.model)
+
+    @cached_property
+    def backbone_size(self) -> int:
+        """Number of backbone parameters; pooler and head are outside."""
+        return sum(p.numel() for p in backbone_parameters(self.backbone.model).values())
+
+    @property
+    def rule(self) -> Rule | None:
+        """How the run's mask is chosen; None for methods without one."""
+        name = METHODS[self.config.method].mask
+        if name is None:
+            return None
+        seed = self.config.seed if name == "random" else 0
+        return Rule(name, self.config.density, self.config.eligible, self.config.per_tensor, seed)
+
+    @cached_property
+    def _derived(self) -> Mask | None:
+        return derive_mask(self.backbone.model, self.rule) if self.rule is not None else None
+
+    @property
+    def mask(self) -> Mask | None:
+        """The mask in use: the one that was handed in, else the one derived from the checkpoint."""
+        return self._given or self._derived
+
+    @cached_property
+    def space(self) -> ParameterSpace:
+        """The space over which masks are indexed."""
+        return (
+            self._derived.space
+            if self._derived
+            else parameter_space(self.backbone.model, self.config.eligible)
+        )
+
+    @cached_property
+    def checkpoint_digest(self) -> str:
+        """SHA-256 (hex) of the backbone's stored values."""
+        return self._derived.space.checkpoint if self._derived else checkpoint_digest(self.backbone.model)
+
+    @property
+    def digest(self) -> str:
+        """What an update's envelope names: the mask's digest, or the checkpoint's where there is no mask."""
+        return self.mask.digest if self.mask is not None else self.checkpoint_digest
+
+    def recipe(self) -> Recipe | None:
+        """What the server offers; None for methods without a mask."""
+        return self.mask.recipe() if self.mask is not None else None
+
+    def use_mask(self, indices: np.ndarray) -> None:
+        """Use a mask that came by wire (int64, sorted) instead. CheckpointError if it is unsound."""
+        if self.rule is None:
+            raise ConfigError(f"method {self.config.method!r} has no mask to replace")
+        given = mask_from_indices(indices, self.space, self.rule)
+        if self.mask is not None and given.digest == self.mask.digest:
+            return
+        for model in self._models.values():
+            detach(model)
+        self._models.clear()
+        self._given = given
+
+    def model(self, task: str) -> MeanHead | OwnHead:
+        """The task's model with the method's trainables and its head attached, at the reference."""
+        if task not in self._models:
+            data = self.data(task)
+            outputs = len(data.labels) if data.kind == "classification" else 1
+            settings = self.config
+            model = task_model(
+                self.backbone,
+                task,
+                outputs,
+                head=settings.head,
+                seed=settings.seed,
+                dropout=settings.train.dropout,
+            )
+            parts = backbone_trainables(METHODS[settings.method], model, self.mask, settings.adapter)
+            head = DenseTensors(HEAD_PREFIX + task, model, head_parameters(model))
+            attach(model, [*parts, head])
+            self._models[task] = model
+        return self._models[task]
+
+    def layout(self, task: str) -> Layout:
+        """The segments of the vector that a client of ``task`` receives and sends."""
+        return tuning_of(self.model(task)).layout
+
+    # The data ----------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task names in the config's order."""
+        return tuple(self._tasks)
+
+    def task_of(self, partition: int) -> str:
+        """The task of a client."""
+        return self._assignments[partition][0]
+
+    def data(self, task: str) -> TaskData:
+        """The task's rows and labels."""
+        if task not in self._data:
+            self._data[task] = load_task(self._tasks[task])
+        return self._data[task]
+
+    def rows(self, partition: int) -> np.ndarray:
+        """Rows (int64, of the task's train split) that the client holds, its held-out part included."""
+        task, index = self._assignments[partition]
+        if task not in self._rows:
+            settings = self._tasks[task]
+            partition_rule = settings.partition or self.config.partition
+            self._rows[task] = shards(settings, self.data(task), partition_rule, self.config.seed)
+        return self._rows[task][index]
+
+    def shard(self, partition: int) -> Shard:
+        """The client's tokenized rows."""
+        if partition not in self._shards:
+            task = self.task_of(partition)
+            data, rows = self.data(task).train, self.rows(partition)
+            labels = np.asarray(data.with_format("numpy")["label"])[rows]
+            fraction = (self._tasks[task].partition or self.config.partition).held_out
+            kept, held = split_held_out(
+                rows, labels, fraction, rng_for(self.config.seed, -1, partition, "held-out")
+            )
+            self._shards[partition] = Shard(task, self._tokenize(data, kept), self._tokenize(data, held))
+        return self._shards[partition]
+
+    def central(self, task: str, split: str, rows: int | None = None) -> Tokenized:
+        """``rows`` rows of the task's dev or test split, the same choice each time; all of them for None."""
+        key = (task, split, rows)
+        if key not in self._central:
+            data = getattr(self.data(task), split)
+            chosen = np.arange(len(data))
+            if rows is not None and rows < len(data):
+                picked = rng_for(self.config.seed, -1, -1, f"rows/{task}/{split}").permutation(len(data))
+                chosen = np.sort(picked[:rows])
+            self._central[key] = self._tokenize(data, chosen)
+        return self._central[key]
+
+    def _tokenize(self, data: object, rows: np.ndarray) -> Tokenized:
+        chosen = data.select(rows)  # type: ignore[attr-defined]
+        return tokenize(chosen, self.backbone.tokenizer, self.config.train.max_tokens)
+
+    # The work ----------------------------------------------------------------------------------
+
+    def local_update(self, partition: int, round: int, vector: np.ndarray) -> LocalUpdate:
+        """One client's round from ``vector`` (float32 ``[layout.size]``); see ``fedmask.training``."""
+        shard = self.shard(partition)
+        return local_update(
+            self.model(shard.task),
+            vector,
+            shard.train,
+            shard.held_out,
+            metric=self.data(shard.task).metric,
+            plan=self.config.train,
+            pad_id=self.backbone.pad_id,
+            stream=Stream(self.config.seed, round, partition),
+        )
+
+    def evaluate(self, task: str, vector: np.ndarray, data: Tokenized) -> dict[str, float]:
+        """Loss and metric of the model at ``vector`` on ``data``."""
+        model = self.model(task)
+        with tuned(model, vector, Stream(self.config.seed, -1, -1)):
+            return evaluate(model, data, self.data(task).metric, self.backbone.pad_id)
+
+
+@lru_cache(maxsize=2)
+def _workspace(text: str) -> Workspace:
+    return Workspace(configuration.from_json(text))
+
+
+def get_workspace(config: RunConfig) -> Workspace:
+    """The process's workspace for ``config``; made once."""
+    return _workspace(config.model_dump_json())
