@@ -1,4 +1,4 @@
-"""The command ``fedmask``. Heavy libraries are imported inside the commands, so that --help answers at once."""
+"""The command ``fedmask``. Heavy libraries are imported inside the commands: --help answers at once."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def run(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="tweets:6, bbc:2, or name=N,source=FILE_OR_HUB_NAME,text=COL[+COL],label=COL,metric=M,clients=K."
-            " Repeat it for several tasks."
+            help="tweets:6, bbc:2, or name=N,source=FILE_OR_HUB_NAME,text=COL[+COL],label=COL,"
+            "metric=M,clients=K. Repeatable."
         ),
     ] = None,
     method: Annotated[str | None, typer.Option(help="What is trained: pafi+hiwi, pafi, hiwi, ...")] = None,
@@ -89,7 +89,7 @@ def run(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Run a federation and write runs/NAME: settings, metrics, ledger, final delta, report."""
+    """Run a federation and write runs/NAME."""
     from experiments.options import KEYS, build_config
 
     given = locals()
@@ -109,7 +109,7 @@ def mask(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Derive a model's mask: size, threshold, digest, exact zeros, and how many entries each tensor has."""
+    """Derive a model's mask and describe it."""
     from experiments.commands import show_mask
 
     show_mask(model, density=density, eligible=eligible, per_tensor=per_tensor, as_json=json)
@@ -121,7 +121,7 @@ def export(
     to: Annotated[Path, typer.Option(help="New folder; it gets one folder a task.")],
     json: Json = False,
 ) -> None:
-    """Write a run's final model as ordinary Hugging Face checkpoints, one folder a task."""
+    """Write a run as Hugging Face checkpoints."""
     from experiments.commands import export_run
 
     export_run(run, to, as_json=json)
@@ -129,7 +129,7 @@ def export(
 
 @app.command()
 def report(run: RunFolder, json: Json = False) -> None:
-    """Write a run's report.md and figures again, from its folder alone."""
+    """Write a run's report and figures again."""
     from experiments.commands import rebuild_report
 
     rebuild_report(run, as_json=json)
@@ -143,7 +143,7 @@ def ledger(
     ] = "direction,kind",
     json: Json = False,
 ) -> None:
-    """Sum a run's messages: payload and whole serialized messages."""
+    """Sum the bytes of a run's messages."""
     from experiments.commands import show_ledger
 
     show_ledger(run, by, as_json=json)

@@ -1,4 +1,4 @@
-"""What a person sees: progress while a run goes on, tables when it is over. Figures go to stdout, progress to stderr."""
+"""What a person sees: progress (on stderr) while a run goes on, tables (on stdout) when it is over."""
 
 from __future__ import annotations
 
@@ -84,10 +84,14 @@ def print_table(
     title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], *, left: int = 1
 ) -> None:
     """A plain table on stdout; the first ``left`` columns are text, the others are figures."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a pipe or a file has no edge: digests stay whole
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=any(columns))
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console(highlight=False).print(table)
-    print()
+    console.print(title, style="bold", markup=False)
+    console.print(table)
+    console.print()

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.runs import Run, count_bytes
+from experiments.runs import Run
+from fedmask.ledger import Totals
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,10 +53,10 @@ def draw_figures(run: Run, folder: Path) -> list[str]:
 
 def cumulative_megabytes(run: Run) -> dict[int, float]:
     """Round -> MB (1e6 bytes) of payload over all clients, both directions, up to and with it."""
-    by_round = {row["round"]: row["payload_bytes"] for row in count_bytes(run.ledger, ("round",))}
+    by_round = run.ledger.totals("round")
     out, total = {}, 0
     for row in run.rounds:
-        total += by_round.get(row["round"], 0)
+        total += by_round.get((row["round"],), Totals()).payload_bytes
         out[row["round"]] = total / 1e6
     return out
 

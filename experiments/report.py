@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from experiments.figures import LABELS, QUALITY, ROUNDS, draw_figures, scores
+from experiments.figures import LABELS, QUALITY, ROUNDS, draw_figures
 from experiments.report_template import TEMPLATE
-from experiments.runs import Run, comparisons, read_run, traffic
+from experiments.results import comparisons, quality, score, size, traffic, trained
+from experiments.runs import Run, read_run
 
 
 def write_report(folder: str | Path) -> Path:
@@ -30,9 +31,8 @@ def render(run: Run) -> str:
     from jinja2 import Environment, StrictUndefined
 
     # No autoescape: this is Markdown, and the values come from the run itself. A cell must not end early.
-    environment = Environment(undefined=StrictUndefined, autoescape=False, finalize=_cell)  # noqa: S701
+    environment = Environment(undefined=StrictUndefined, autoescape=False, finalize=_cell)
     environment.globals.update(size=size, score=score)
-    rows, notes = comparisons(run)
     return environment.from_string(TEMPLATE).render(
         config=run.config,
         record=run.record,
@@ -42,51 +42,12 @@ def render(run: Run) -> str:
         trained=trained(run),
         quality=quality(run),
         traffic=traffic(run),
-        comparisons=rows,
-        notes=notes,
+        comparisons=comparisons(run),
+        evaluation=run.ledger.total(kind="evaluate"),
         lost=[{"round": row["round"], **reply} for row in run.rounds for reply in row["rejected"]],
         figures={"quality": QUALITY, "rounds": ROUNDS, "labels": LABELS},
         identity=_identity(run),
     )
-
-
-def trained(run: Run) -> str:
-    """What trains, in words: ``106168 of 22713216 backbone values (0.467 %) and a head a task``."""
-    layout = next(iter(run.facts["layout"].values()))
-    shared = sum(count for name, count in layout if not name.startswith("head/"))
-    total = run.facts["backbone_size"]
-    parts = ", ".join(f"{name} {count:,}" for name, count in layout if not name.startswith("head/"))
-    return f"{shared:,} of {total:,} backbone values ({100 * shared / total:.3g} %: {parts or 'none'}) and a head a task"
-
-
-def quality(run: Run) -> list[dict[str, Any]]:
-    """One row a task: its metric on dev before and after training, and on test."""
-    out = []
-    for task, metric in run.metrics.items():
-        dev = scores(run, "dev", task)
-        out.append(
-            {
-                "task": task,
-                "metric": metric,
-                "before": dev[0][1] if dev else None,
-                "dev": dev[-1][1] if dev else None,
-                "test": run.summary["test"].get(task, {}).get(metric),
-            }
-        )
-    return out
-
-
-def score(value: float | None) -> str:
-    """Three decimals, or a dash where there is none."""
-    return "-" if value is None else f"{value:.3f}"
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of ten: ``212 B``, ``212.3 kB``, ``1.70 MB``."""
-    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
-        if count >= 10**power:
-            return f"{count / 10**power:.{2 if power > 3 else 1}f} {unit}"
-    return f"{count:.0f} B"
 
 
 def _cell(value: Any) -> Any:
@@ -95,8 +56,8 @@ def _cell(value: Any) -> Any:
 
 def _identity(run: Run) -> list[tuple[str, str]]:
     rows = [("checkpoint", run.record["checkpoint_digest"])]
-    if run.record["recipe"]:
-        rows.append(("mask", run.record["recipe"]["mask_digest"]))
+    if run.facts["mask_digest"]:
+        rows.append(("mask", run.facts["mask_digest"]))
     rows.append(("final vector (sha256)", run.summary["vector_sha256"]))
     rows += sorted(run.record["versions"].items())
     return rows

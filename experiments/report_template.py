@@ -1,4 +1,4 @@
-"""The text of report.md (Jinja2). A string in a module, because Flower's app bundle carries no .md.j2 or .html."""
+"""The text of report.md (Jinja2): a string, because Flower's app bundle carries modules, not templates."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ TEMPLATE = """\
 
 ## Quality
 
-| task | metric | dev, before | dev, end | test, end |
-|---|---|---:|---:|---:|
+| task | metric | dev, before | dev, end | test, end | personalized, last round |
+|---|---|---:|---:|---:|---:|
 {% for row in quality -%}
-| {{ row.task }} | {{ row.metric }} | {{ score(row.before) }} | {{ score(row.dev) }} | {{ score(row.test) }} |
+| {{ row.task }} | {{ row.metric }} | {{ score(row.before) }} | {{ score(row.dev) }} | {{ score(row.test) }} | {{ score(row.personal) }} |
 {% endfor %}
 The test split is read once, after the last round; nothing was chosen by it.
 
@@ -32,20 +32,26 @@ Per client and round, mean over the training messages that were answered:
 {% for row in traffic -%}
 | {{ row.direction }} | {{ size(row.payload) }} | {{ size(row.message) }} |
 {% endfor %}
-The whole run, all clients, both directions ({{ summary.rounds }} rounds):
+Against other ways of fine-tuning with the same clients, rounds and heads (payload; means per client and
+round, then the whole run with all clients and both directions):
 
-| what is sent | payload | against this run |
-|---|---:|---:|
+| what is sent | up | down | whole run | times this run |
+|---|---:|---:|---:|---:|
 {% for row in comparisons -%}
-| {{ row.label }} | {{ size(row.payload) }} | {{ "%.2f" | format(row.ratio) }} x |
+| {{ row.label }} | {{ size(row.up) }} | {{ size(row.down) }} | {{ size(row.total) }} | {{ "%.2f" | format(row.ratio) }} |
 {% endfor %}
-Rows marked *measured* are sums of this run's ledger; the others are computed for the same rounds and
-clients{% if notes %}:
+The first row is the sum of this run's ledger (masks and training); the others are computed from shapes and
+this run's schedule: the same k and the same value size, indices at the best code known and charged
+whenever a mask is new to its reader; the union of unequal masks is that of independent ones, an upper
+bound. What their bytes do not show:
 
-{% for note in notes -%}
-- {{ note }}
-{% endfor %}{% else %}.
-{% endif %}
+{% for row in comparisons if row.not_charged -%}
+- {{ row.label }}: {{ row.not_charged }}
+{% endfor %}
+{% if evaluation.messages -%}
+Evaluating the final model on the clients' held-out rows moved {{ size(evaluation.payload_bytes) }} of payload more.
+
+{% endif -%}
 ## Who holds what
 
 ![training rows by client and label](figures/{{ figures.labels }})

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedmask.errors import ConfigError
+from fedmask.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Run:
     folder: Path
     record: dict[str, Any]
     rounds: list[dict[str, Any]]
-    ledger: list[dict[str, Any]]
+    ledger: Ledger
     summary: dict[str, Any]
 
     @property
@@ -52,27 +52,9 @@ def read_run(folder: str | Path) -> Run:
         folder=path,
         record=_json(path / "config.json"),
         rounds=_lines(path / "rounds.jsonl"),
-        ledger=_lines(path / "ledger.jsonl"),
+        ledger=Ledger.read_jsonl(path / "ledger.jsonl"),
         summary=_json(path / "summary.json"),
     )
-
-
-def count_bytes(rows: Iterable[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Sums of the ledger's rows over ``keys`` (of round, client, direction, kind, status), in sorted order.
-
-    Each row of the answer holds the keys, ``messages``, ``payload_bytes`` and ``message_bytes``.
-    """
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for row in rows:
-        sums = groups.setdefault(tuple(row[key] for key in keys), [0, 0, 0])
-        sums[0] += 1
-        sums[1] += row["payload_bytes"]
-        sums[2] += row["message_bytes"]
-    names = ("messages", "payload_bytes", "message_bytes")
-    return [
-        dict(zip(keys, group, strict=True)) | dict(zip(names, groups[group], strict=True))
-        for group in sorted(groups)
-    ]
 
 
 def _others(path: Path) -> str:

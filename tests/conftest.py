@@ -59,10 +59,11 @@ def made_run() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any
         "versions": {"fedmask": "0.1.0", "python": "3.11.7", "torch": "2.13.0"},
         "machine": {"system": "Linux", "cores": 2},
         "engine": "inprocess",
-        "recipe": {"rule": "magnitude", "density": 0.005, "mask_digest": "ab" * 32},
+        "recipe": {"v": 1, "checkpoint": "zc3N", "mask": "q6ur"},
         "checkpoint_digest": "cd" * 32,
         "facts": {
             "k": 100,
+            "mask_digest": "ab" * 32,
             "eligible_size": 20000,
             "backbone_size": 30000,
             "layout": layout,
@@ -113,6 +114,14 @@ def made_run() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any
         "steps": 18,
         "seconds": 5.0,
         "bytes": {key: sum(r["bytes"][key] for r in rounds) for key in rounds[0]["bytes"]},
-        "costs": {},
+        "costs": {
+            "full": {
+                "way": "full",
+                "up_bytes_per_client_round": 120000.0,
+                "down_bytes_per_client_round": 120000.0,
+                "total_bytes": 1440000,
+                "not_charged": "memory of training every weight",
+            }
+        },
     }
     return record, rounds, ledger, summary

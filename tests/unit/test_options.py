@@ -89,7 +89,7 @@ def test_a_bad_task_is_one_line(spec: str, parts: list[str]) -> None:
     ],
 )
 def test_bad_pairs(arguments: dict[str, list[str]], part: str) -> None:
-    with pytest.raises(ConfigError, match=".") as caught:
+    with pytest.raises(ConfigError, match=r".") as caught:
         build_config(None, {}, **arguments)
     assert part in str(caught.value)
 

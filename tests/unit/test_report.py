@@ -1,0 +1,124 @@
+"""The report says what the run's folder says: checked against figures added up by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.figures import cumulative_megabytes, scores
+from experiments.report import render, write_report
+from experiments.results import comparisons, measured_bytes, quality, size, traffic, trained
+from experiments.runs import read_run
+from fedmask.errors import ConfigError
+
+# Of tests/conftest.py: a mask of 200 B to each of 3 clients, then two rounds in which the clients of
+# tweets get and send 504 B and the one of bbc 516 B.
+MASKS = 3 * 200
+ROUND = 2 * (504 + 504 + 516)
+
+
+def test_sums_by_hand(run_folder: Path) -> None:
+    run = read_run(run_folder)
+    assert measured_bytes(run) == MASKS + 2 * ROUND
+    assert cumulative_megabytes(run) == {n: (MASKS + n * ROUND) / 1e6 for n in (0, 1, 2)}
+    up, down = traffic(run)
+    # One reply was refused, so five of six count.
+    assert up == {"direction": "up", "payload": (3 * 504 + 2 * 516) / 5, "message": (3 * 1504 + 2 * 1516) / 5}
+    assert down["payload"] == (4 * 504 + 2 * 516) / 6
+
+
+def test_comparison_is_against_what_was_measured(run_folder: Path) -> None:
+    this, full = comparisons(read_run(run_folder))
+    assert (this["total"], this["ratio"]) == (MASKS + 2 * ROUND, 1.0)
+    assert full["ratio"] == 1440000 / (MASKS + 2 * ROUND)
+
+
+def test_quality_before_end_and_test(run_folder: Path) -> None:
+    tweets, bbc = quality(read_run(run_folder))
+    assert (tweets["before"], tweets["dev"], tweets["test"], tweets["personal"]) == (0.33, 0.7, 0.69, 0.75)
+    assert (bbc["metric"], bbc["test"]) == ("f1", 0.91)
+    assert scores(read_run(run_folder), "global", "tweets") == [(1, 0.5), (2, 0.6)]
+
+
+def test_what_trains(run_folder: Path) -> None:
+    text = trained(read_run(run_folder))
+    assert text == "120 of 30,000 backbone values (0.4 %: mask 100, bias 20) and a head a task"
+
+
+def test_report_and_figures_are_written_and_agree(run_folder: Path) -> None:
+    path = write_report(run_folder)
+    text = path.read_text()
+    assert "| tweets | accuracy | 0.330 | 0.700 | 0.690 | 0.750 |" in text
+    assert "| 2 | 1 | a value is not finite |" in text
+    assert "Not counted: HTTP" in text
+    assert "|  |" not in text.replace("| |\n|---|---|", "")  # no empty cell
+    for line in text.splitlines():
+        if line.startswith("!["):
+            picture = run_folder / line.split("(")[1].rstrip(")")
+            assert picture.read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (run_folder / "figures").iterdir()) == [
+        "labels.png",
+        "quality_bytes.png",
+        "rounds.png",
+    ]
+
+
+def test_tables_of_markdown_are_whole(run_folder: Path) -> None:
+    width = 0
+    for line in render(read_run(run_folder)).splitlines():
+        cells = line.count("|") - line.count("\\|")
+        if line.startswith("|"):
+            assert width in (0, cells), line
+        width = cells if line.startswith("|") else 0
+
+
+def test_a_reason_cannot_break_a_table(run_folder: Path) -> None:
+    path = run_folder / "rounds.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[2]["rejected"][0]["reason"] = "expected a | b"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "| 2 | 1 | expected a \\| b |" in render(read_run(run_folder))
+
+
+def test_many_labels_and_none(run_folder: Path) -> None:
+    path = run_folder / "config.json"
+    record = json.loads(path.read_text())
+    first, second, third = record["facts"]["partitions"]
+    first["labels"] = {f"label {i}": 5 for i in range(18)}
+    second["labels"], third["labels"] = {}, {}
+    path.write_text(json.dumps(record))
+    assert write_report(run_folder).is_file()
+
+
+def test_a_report_can_be_written_again(run_folder: Path) -> None:
+    first = write_report(run_folder).read_bytes()
+    assert write_report(run_folder).read_bytes() == first
+
+
+@pytest.mark.parametrize("name", ["config.json", "rounds.jsonl", "ledger.jsonl", "summary.json"])
+def test_an_unfinished_run_is_named(run_folder: Path, name: str) -> None:
+    (run_folder / name).unlink()
+    with pytest.raises(ConfigError, match=f"finished run, found no {name}"):
+        read_run(run_folder)
+
+
+def test_no_run_names_those_that_are_there(run_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"found none.*made"):
+        read_run(run_folder.parent / "mda")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (212336, "212.3 kB"),
+        (1.7e6, "1.70 MB"),
+        (5e9, "5.00 GB"),
+    ],
+)
+def test_sizes_for_people(count: float, text: str) -> None:
+    assert size(count) == text
