@@ -41,7 +41,10 @@ class _Settings(BaseModel):
 
 
 class PartitionConfig(_Settings):
-    """How a task's training rows are dealt to its clients (``alpha`` is the Dirichlet concentration)."""
+    """How a task's training rows are dealt to its clients (``alpha`` is the Dirichlet concentration).
+
+    Each client holds out the share ``held_out`` of its rows for itself, at most ``held_out_max`` rows.
+    """
 
     kind: PartitionKind = "dirichlet"
     alpha: Real = Field(default=0.5, gt=0)
@@ -49,6 +52,7 @@ class PartitionConfig(_Settings):
     shards_per_client: Whole = Field(default=2, ge=1)
     column: str = ""
     held_out: Real = Field(default=0.1, ge=0, lt=1)
+    held_out_max: Whole = Field(default=200, ge=0)
 
     @model_validator(mode="after")
     def _natural_needs_a_column(self) -> PartitionConfig:

@@ -46,8 +46,8 @@ def check_federated(method: Method, adapter: AdapterConfig) -> None:
     if adapter.target == "weight" and method.biases == "adapter" and method.mask is None:
         raise ConfigError(
             f"method {method.name!r} with adapters on weights: its folded change is as large as the "
-            "feed-forward matrices and cannot be sent each round; use method 'pafi+hiwi', which restricts it to "
-            "the mask's entries, or fedmask.weight_adapters for local tuning and export"
+            "feed-forward matrices and cannot be sent each round; use method 'pafi+hiwi', which restricts "
+            "it to the mask's entries, or fedmask.weight_adapters for local tuning and export"
         )
 
 

@@ -170,7 +170,8 @@ class Workspace:
             task = self.task_of(partition)
             data, rows = self.data(task).train, self.rows(partition)
             labels = np.asarray(data.with_format("numpy")["label"])[rows]
-            fraction = (self._tasks[task].partition or self.config.partition).held_out
+            rule = self._tasks[task].partition or self.config.partition
+            fraction = min(rule.held_out, rule.held_out_max / len(rows))
             kept, held = split_held_out(
                 rows, labels, fraction, rng_for(self.config.seed, -1, partition, "held-out")
             )

@@ -1,0 +1,165 @@
+"""A finished run as ordinary Hugging Face checkpoints, one folder a task.
+
+Same parameter names and shapes as the pre-trained model, so the same latency and memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedmask.config import from_dict
+from fedmask.delta import Delta, read_delta
+from fedmask.errors import CheckpointError, ConfigError
+from fedmask.models import MeanHead, OwnHead
+from fedmask.training import Stream, tuned
+from fedmask.tuner import merge
+from fedmask.workspace import Workspace
+
+_CARD = """\
+---
+library_name: transformers
+tags: [text-classification, federated-learning, sparse-fine-tuning]
+---
+
+# {task}
+
+Tuned from `{source}` with fedmask (method `{method}`, {k} trained backbone values) on the task `{task}`.
+{use}
+"""
+
+_USE_MEAN = """
+The folder holds the tuned backbone as an ordinary checkpoint and the task's head in `head.safetensors`
+(`weight` [{outputs}, {hidden}], `bias` [{outputs}]): a linear layer on the mean of the last hidden states
+over the tokens that are no padding. Outputs in order: {labels}.
+
+```python
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+folder = "."
+model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+head = load_file(f"{{folder}}/head.safetensors")
+batch = tokenizer(["some text"], return_tensors="pt", truncation=True, max_length={max_tokens})
+with torch.no_grad():
+    states = model(**batch).last_hidden_state
+weight = batch["attention_mask"].unsqueeze(-1)
+mean = (states * weight).sum(1) / weight.sum(1)
+logits = torch.nn.functional.linear(mean, head["weight"], head["bias"])
+```
+"""
+
+_USE_HF = """
+The folder holds an ordinary classification checkpoint. Outputs in order: {labels}.
+
+```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+"""
+
+
+def export_run(run: str | Path, to: str | Path, *, overwrite: bool = False) -> list[Path]:
+    """Write one checkpoint folder a task of a finished ``run`` below ``to``; returns the folders.
+
+    With head ``mean`` a folder loads with ``AutoModel`` and has ``head.safetensors`` beside it; with
+    ``hf`` it loads with ``AutoModelForSequenceClassification``. ConfigError if the run is not finished
+    or a folder exists (unless ``overwrite``); CheckpointError if the pre-trained model is another one.
+    """
+    run, to = Path(run), Path(to)
+    workspace, delta = open_run(run)
+    written = []
+    for task in workspace.tasks:
+        folder = to / task
+        if folder.exists() and any(folder.iterdir()) and not overwrite:
+            raise ConfigError(f"export: {folder} exists; give another folder or --overwrite")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(workspace, task, merged(workspace, task, delta), folder)
+        written.append(folder)
+    return written
+
+
+def open_run(run: Path) -> tuple[Workspace, Delta]:
+    """The workspace and final delta of a finished run. ConfigError or CheckpointError as above."""
+    for name in ("config.json", "delta.safetensors"):
+        if not (run / name).is_file():
+            raise ConfigError(
+                f"run {run}: expected a finished run with {name}, found none; see fedmask run --help"
+            )
+    record = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    workspace, delta = Workspace(from_dict(record["config"])), read_delta(run / "delta.safetensors")
+    if workspace.checkpoint_digest != delta.checkpoint:
+        raise CheckpointError(
+            f"run {run}: trained on the checkpoint {delta.checkpoint}, model {workspace.config.model!r} "
+            f"is {workspace.checkpoint_digest}; use the same pre-trained weights"
+        )
+    if delta.indices is not None:
+        workspace.use_mask(delta.indices)
+    return workspace, delta
+
+
+def vector_of(workspace: Workspace, task: str, delta: Delta) -> np.ndarray:
+    """The final vector of ``task``'s clients (float32 ``[layout.size]``); CheckpointError if it is not there."""
+    layout = workspace.layout(task)
+    found = {name: values.size for name, values in delta.segments.items()}
+    for segment in layout.segments:
+        if found.get(segment.name) != segment.size:
+            raise CheckpointError(
+                f"delta: expected segment {segment.name!r} with {segment.size} values, found "
+                f"{found.get(segment.name)}; the run folder is damaged or its config was changed"
+            )
+    return np.concatenate([delta.segments[segment.name] for segment in layout.segments])
+
+
+def merged(workspace: Workspace, task: str, delta: Delta) -> MeanHead | OwnHead:
+    """``task``'s model with the final delta folded in, on tensors of its own."""
+    vector = vector_of(workspace, task, delta)
+    with tuned(workspace.model(task), vector, Stream(workspace.config.seed, -1, -1)):
+        own = copy.deepcopy(workspace.model(task))
+        return merge(own)  # type: ignore[return-value]
+
+
+def _write(workspace: Workspace, task: str, model: MeanHead | OwnHead, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    data = workspace.data(task)
+    labels = list(data.labels) or ["value"]
+    if isinstance(model, MeanHead):
+        _save(model.backbone, folder)
+        head = {name: tensor.detach().contiguous() for name, tensor in model.head.state_dict().items()}
+        save_file(head, str(folder / "head.safetensors"), metadata={"labels": json.dumps(labels)})
+        use = _USE_MEAN.format(
+            outputs=len(labels),
+            hidden=model.head.in_features,
+            labels=", ".join(labels),
+            max_tokens=workspace.config.train.max_tokens,
+        )
+    else:
+        config = model.model.config
+        config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
+        config.label2id = {label: i for i, label in enumerate(labels)}  # type: ignore[union-attr]
+        _save(model.model, folder)
+        use = _USE_HF.format(labels=", ".join(labels))
+    workspace.backbone.tokenizer.save_pretrained(str(folder))
+    card = _CARD.format(
+        task=task,
+        source=workspace.config.model,
+        method=workspace.config.method,
+        k=sum(s.size for s in workspace.layout(task).segments if s.shared),
+        use=use,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32).contiguous()
+    model.save_pretrained(str(folder))  # type: ignore[operator]
