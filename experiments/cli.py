@@ -28,7 +28,7 @@ RunFolder = Annotated[
 @app.command()
 def run(
     config: Annotated[
-        Path | None, typer.Option(help="TOML file with the settings (none: the demo's).")
+        Path | None, typer.Option(help="TOML file, or a run's config.json (none: the demo's settings).")
     ] = None,
     model: Annotated[str | None, typer.Option(help="minilm (bundled), a folder, or a hub name.")] = None,
     task: Annotated[
@@ -118,13 +118,16 @@ def mask(
 @app.command()
 def export(
     run: RunFolder,
-    to: Annotated[Path, typer.Option(help="New folder; it gets one folder a task.")],
+    to: Annotated[Path, typer.Option(help="Folder that gets one folder a task.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what an older export wrote.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write a run as Hugging Face checkpoints."""
     from experiments.commands import export_run
 
-    export_run(run, to, as_json=json)
+    export_run(run, to, overwrite=overwrite, as_json=json)
 
 
 @app.command()

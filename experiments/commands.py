@@ -68,3 +68,15 @@ def rebuild_report(folder: Path, *, as_json: bool) -> None:
         print_json({"report": str(path)})
     else:
         print(path)
+
+
+def export_run(folder: Path, to: Path, *, overwrite: bool, as_json: bool) -> None:
+    """Write one Hugging Face checkpoint a task. Raises ConfigError and CheckpointError."""
+    from fedmask.export import export_run as write_checkpoints
+
+    read_run(folder)  # the same words for an unfinished run as in the other commands
+    written = write_checkpoints(folder, to, overwrite=overwrite)
+    if as_json:
+        print_json({"folders": [str(path) for path in written]})
+    else:
+        print(*written, sep="\n")

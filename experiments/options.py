@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -51,11 +52,11 @@ def build_config(
 ) -> RunConfig:
     """The config of one run.
 
-    ``path`` is a TOML file (None: the demo); ``given`` maps option names (see ``KEYS``) to values,
+    ``path`` is a TOML file or a run's ``config.json`` (None: the demo); ``given`` maps option names (see ``KEYS``) to values,
     None meaning "not given"; ``tasks`` are task specs that replace the file's tasks; ``options``
     are ``key=value`` for the server's strategy; ``sets`` are ``dotted.key=value``. Raises ConfigError.
     """
-    values = read_toml(path or DEMO)
+    values = read_settings(path or DEMO)
     if path is None:
         values["name"] = "run"  # only the demo itself may write to runs/demo
     for option, value in given.items():
@@ -74,6 +75,21 @@ def build_config(
         return from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}" if path else str(error)) from None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file, or in the ``config.json`` of an earlier run. Raises ConfigError."""
+    if path.suffix != ".json":
+        return read_toml(path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"config file {path}: expected JSON, found an error ({error})") from None
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise ConfigError(f"config file {path}: expected a run's config.json with a part 'config'")
+    return dict(record["config"])
 
 
 def parse_task(spec: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def render(run: Run) -> str:
     environment = Environment(undefined=StrictUndefined, autoescape=False, finalize=_cell)
     environment.globals.update(size=size, score=score)
     return environment.from_string(TEMPLATE).render(
+        folder=run.folder.as_posix(),
         config=run.config,
         record=run.record,
         facts=run.facts,

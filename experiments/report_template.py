@@ -85,7 +85,10 @@ None: every reply of every round was used.
 
 ## To run it again
 
-The folder's `config.json` holds every setting, the versions and the machine.
+    fedmask run --config {{ folder }}/config.json --engine {{ record.engine }} --name again
+
+The same settings, versions and number of threads give the same final vector, bit for bit. `config.json`
+holds every setting, the versions and the machine.
 
 | | |
 |---|---|

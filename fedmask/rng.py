@@ -18,7 +18,9 @@ def rng_for(seed: int, round: int, client: int, purpose: str) -> np.random.Gener
 
     ``round`` and ``client`` are -1 or more (-1: not tied to a round or client).
     """
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(_entropy(seed, round, client, purpose))))
+    return np.random.Generator(
+        np.random.PCG64(np.random.SeedSequence(_entropy(seed, round, client, purpose)))
+    )
 
 
 def seed_for(seed: int, round: int, client: int, purpose: str) -> int:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -73,8 +73,8 @@ def backbone_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     The pooler counts as part of a classification head: some architectures have it only there.
     """
     base = backbone_of(model)
-    output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    inputs = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    output = _call(base, "get_output_embeddings")
+    inputs = _call(base, "get_input_embeddings")
     kept = {id(p) for p in inputs.parameters()} if isinstance(inputs, nn.Module) else set()
     outside = {id(p) for p in output.parameters()} - kept if isinstance(output, nn.Module) else set()
     return {
@@ -82,6 +82,11 @@ def backbone_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in base.named_parameters()
         if name.split(".")[0] not in ("pooler", "fedmask") and id(parameter) not in outside
     }
+
+
+def _call(module: nn.Module, method: str) -> Any:
+    found = getattr(module, method, None)
+    return found() if callable(found) else None
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -165,7 +170,7 @@ def checkpoint_digest(model: nn.Module, reader: TensorReader | None = None) -> s
         tensor = read(name)
         digest = hashlib.sha256()
         for chunk in float32_chunks(tensor):
-            digest.update(memoryview(chunk.astype("<f4", copy=False)))
+            digest.update(chunk.astype("<f4", copy=False).data)
         return name, list(tensor.shape), digest.hexdigest()
 
     with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock

@@ -75,7 +75,7 @@ def save_delta(model: nn.Module, path: str | Path) -> None:
     """
     trainables = tuning_of(model).trainables
     masks = [t.mask for t in trainables if isinstance(t, MaskedEntries)]
-    names = {t.segment: list(t.names) for t in trainables if hasattr(t, "names")}
+    names = {t.segment: list(t.names) for t in trainables if t.names}
     write_delta(
         path,
         {t.segment: t.change().numpy() for t in trainables},

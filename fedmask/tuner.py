@@ -110,7 +110,7 @@ def attach(model: nn.Module, trainables: list[Trainable]) -> Tuning:
             patch = patches.setdefault(id(slot.module), PatchedForward(slot.module))
             patch.drivers.setdefault(slot.parameter, []).append((trainable, index))
     for patch in patches.values():
-        patch.module.forward = patch  # type: ignore[assignment]
+        patch.module.forward = patch
     model.add_module("fedmask", tuning)
     return tuning
 

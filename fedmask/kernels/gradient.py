@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -15,16 +17,38 @@ Kernel = Literal["auto", "dense", "sampled"]
 _KERNELS = ("auto", "dense", "sampled")
 
 
+# Costs in multiplications of the dense product, measured on AVX-512 in float32 (experiments/benchmarks/kernels.py):
+# a feature that is transposed, an entry that is summed, and a dense product's fixed cost for each result, in tokens.
+FEATURE_COST = 32
+ENTRY_COST = 5
+RESULT_TOKENS = 16
+BLOCK_TOKENS = 32
+
+
+@cache
 def available_kernels() -> tuple[str, ...]:
-    """The kernels that this process can run on a CPU."""
-    return ("dense",)
+    """The kernels that this process can run: ``dense`` everywhere, ``sampled`` on CPUs where numba is installed."""
+    return ("dense", "sampled") if find_spec("numba") else ("dense",)
 
 
-def choose_kernel(tokens: int, rows: int, cols: int, k: int, kernel: str = "auto", threads: int = 1) -> str:
-    """``dense`` or ``sampled``."""
+def choose_kernel(
+    tokens: int, rows: int, cols: int, k: int, kernel: str = "auto", threads: int = 1
+) -> Literal["dense", "sampled"]:
+    """The kernel for one weight gradient: ``kernel`` itself, or for ``auto`` the cheaper one by a fixed rule.
+
+    The arguments alone decide, not the machine and no measurement, so that a run can be repeated bit for bit:
+    ``tokens`` T, the weight's ``rows`` (outputs) and ``cols`` (inputs), its ``k`` trained entries, ``threads``.
+    Raises FedmaskError for an unknown kernel.
+    """
     if kernel not in _KERNELS:
         raise FedmaskError(unknown("kernel", kernel, _KERNELS))
-    return "dense" if kernel == "auto" else kernel
+    if kernel != "auto":
+        return "dense" if kernel == "dense" else "sampled"
+    # A thread takes whole blocks, so a few tokens on many threads cost as much as a block on each.
+    block_tokens = -(-tokens // (BLOCK_TOKENS * threads)) * BLOCK_TOKENS * threads
+    sampled = block_tokens * (FEATURE_COST * (rows + cols) + ENTRY_COST * k)
+    dense = (tokens + RESULT_TOKENS) * rows * cols
+    return "sampled" if sampled < dense else "dense"
 
 
 def dense_weight_gradient(grad_output: torch.Tensor, inputs: torch.Tensor, pattern: Pattern) -> torch.Tensor:
@@ -42,11 +66,45 @@ def dense_weight_gradient(grad_output: torch.Tensor, inputs: torch.Tensor, patte
 
 
 def sampled_weight_gradient(
-    grad_output: torch.Tensor, inputs: torch.Tensor, pattern: Pattern, kernel: Kernel = "auto"
+    grad_output: torch.Tensor,
+    inputs: torch.Tensor,
+    pattern: Pattern,
+    kernel: Kernel = "auto",
+    threads: int | None = None,
 ) -> torch.Tensor:
-    """``result[j] = sum_t grad_output[t, rows[j]] * inputs[t, cols[j]]``, in the pattern's order."""
-    if grad_output.shape[0] != inputs.shape[0] or pattern.shape != (grad_output.shape[1], inputs.shape[1]):
-        found = f"{list(grad_output.shape)} and {list(inputs.shape)} for {pattern.shape}"
+    """``result[j] = sum_t grad_output[t, rows[j]] * inputs[t, cols[j]]``: a weight's gradient at k entries.
+
+    ``grad_output`` is [T, outputs], ``inputs`` [T, inputs], float32 or bfloat16 (or one of each), contiguous or
+    not. Returns float32[k] in the pattern's order, summed in float32. ``kernel`` is as in ``choose_kernel``;
+    ``auto`` takes the dense product where numba is not installed, on other devices and in float64 (whose result
+    is float64). ``threads`` (default: torch's) cuts the sum into parts: the same number gives the same bits.
+
+    Raises FedmaskError for shapes that do not fit, and for ``sampled`` where it cannot run.
+    """
+    tokens = len(inputs)
+    if len(grad_output) != tokens or pattern.shape != (grad_output.shape[1], inputs.shape[1]):
+        found = f"{list(grad_output.shape)} and {list(inputs.shape)} for a weight of {pattern.shape}"
         raise FedmaskError(f"a weight gradient needs [T, outputs] and [T, inputs], found {found}")
-    choose_kernel(len(inputs), *pattern.shape, pattern.k, kernel)
+    threads = torch.get_num_threads() if threads is None else threads
+    chosen = choose_kernel(tokens, *pattern.shape, pattern.k, kernel, threads)
+    if chosen == "sampled":
+        why_not = _hindrance(grad_output, inputs)
+        if not why_not:
+            from fedmask.kernels import native  # numba takes a while to import and need not be there
+
+            return native.sampled_gradient(grad_output, inputs, pattern, threads)
+        if kernel == "sampled":
+            raise FedmaskError(f"the sampled kernel cannot run: {why_not}; use kernel 'auto' or 'dense'")
     return dense_weight_gradient(grad_output, inputs, pattern)
+
+
+def _hindrance(grad_output: torch.Tensor, inputs: torch.Tensor) -> str:
+    """Why the sampled kernel cannot take these arguments here; empty if it can."""
+    if "sampled" not in available_kernels():
+        return "numba is not installed (pip install 'fedmask[fast]')"
+    for matrix in (grad_output, inputs):
+        if matrix.device.type != "cpu":
+            return f"it needs the CPU, found a matrix on {matrix.device}"
+        if matrix.dtype == torch.float64:
+            return "it sums in float32, found float64"
+    return ""

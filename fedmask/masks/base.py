@@ -7,7 +7,6 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import cast
 
 import numpy as np
 
@@ -137,4 +136,4 @@ def mask_from_indices(indices: np.ndarray, space: ParameterSpace, rule: Rule) ->
             f"mask: expected sorted unique int64 indices below {space.size} outside padding rows, "
             f"found {values.dtype} {values.shape}; the mask was made for another model or is damaged"
         )
-    return Mask(cast(np.ndarray, values), space, rule)
+    return Mask(values, space, rule)

@@ -41,9 +41,12 @@ class Rows:
 def rows_of(task: TaskConfig, table: Table, *, regression: bool) -> Rows:
     """Reads the task's text and label columns (``text`` and ``label`` if it names none).
 
-    Raises DataError for a missing column, a blank text, and a label that is missing or of a wrong kind.
+    Raises DataError for no rows, a missing column, a blank text, and a label that is missing or of a
+    wrong kind.
     """
     columns, label = task.text or (TEXT,), task.label or LABEL
+    if not len(table):
+        raise DataError(f"{table.where}: expected rows, found none")
     texts, *others = [_texts(table, name) for name in columns]
     taken = {*columns, label, TEXT, TEXT_PAIR, LABEL}
     extras = {

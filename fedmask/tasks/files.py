@@ -31,7 +31,7 @@ def read_file(path: Path) -> Table:
     if reader is None:
         raise DataError(f"{where}: expected a name ending in {', '.join(SUFFIXES)}, found {path.suffix!r}")
     try:
-        table = reader(path, where)
+        return reader(path, where)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x} at {error.start}"
@@ -39,9 +39,6 @@ def read_file(path: Path) -> Table:
         ) from None
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({error.strerror or error})") from None
-    if not len(table):
-        raise DataError(f"{where}: expected rows, found none")
-    return table
 
 
 def read_delimited(path: Path, where: str, delimiter: str, quoted: bool, errors: str = "strict") -> Table:

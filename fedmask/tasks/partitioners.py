@@ -135,7 +135,10 @@ def shard(deal: Deal) -> list[RowNumbers]:
     partitioner = ShardPartitioner(
         deal.clients, _GROUP, shard_size=size, keep_incomplete_shard=True, shuffle=False, seed=deal.seed
     )
-    return _parts(deal, partitioner, deal.classes)
+    with warnings.catch_warnings():
+        # It sorts through datasets, which sorts through an option of pyarrow that pyarrow 25 renamed.
+        warnings.filterwarnings("ignore", message="Specifying null_placement", category=FutureWarning)
+        return _parts(deal, partitioner, deal.classes)
 
 
 def iid(deal: Deal) -> list[RowNumbers]:

@@ -62,6 +62,8 @@ class Trainable(nn.Module, ABC):
     """See the module's text. ``segment`` names the part of the vector that it fills."""
 
     values: nn.Parameter
+    names: Sequence[str] = ()
+    """The driven tensors in order, where the segment is whole tensors end to end."""
 
     def __init__(self, segment: str, slots: list[Slot], *, size: int, local_size: int) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedmask.kernels import Pattern
+from fedmask.kernels import Pattern, WeightLayout
 from fedmask.masks.base import Mask
 from fedmask.space import backbone_of, backbone_parameters, is_conv1d, is_linear
 from fedmask.stored import stored_reader
@@ -101,7 +101,7 @@ def flat(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _pattern(slot: Slot, indices: np.ndarray) -> Any:
-    layout = "conv1d" if is_conv1d(slot.module) else "linear"
+    layout: WeightLayout = "conv1d" if is_conv1d(slot.module) else "linear"
     rows, columns = slot.tensor.shape
     return Pattern.from_flat(indices, (rows, columns), layout=layout)
 
@@ -115,5 +115,5 @@ class _Gather(torch.autograd.Function):
         return tensor.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gradient.reshape(-1)[ctx.index].float(), None, None
