@@ -17,8 +17,9 @@ Kernel = Literal["auto", "dense", "sampled"]
 _KERNELS = ("auto", "dense", "sampled")
 
 
-# Costs in multiplications of the dense product, measured on AVX-512 in float32 (experiments/benchmarks/kernels.py):
-# a feature that is transposed, an entry that is summed, and a dense product's fixed cost for each result, in tokens.
+# Costs of a token, in multiplications of the dense product (experiments/benchmarks/kernels.py measures them):
+# of a feature that is transposed and of an entry that is summed; and what the dense product pays for each
+# result that it writes, in tokens.
 FEATURE_COST = 32
 ENTRY_COST = 5
 RESULT_TOKENS = 16
@@ -27,7 +28,7 @@ BLOCK_TOKENS = 32
 
 @cache
 def available_kernels() -> tuple[str, ...]:
-    """The kernels that this process can run: ``dense`` everywhere, ``sampled`` on CPUs where numba is installed."""
+    """The kernels that this process can run: ``dense`` everywhere, ``sampled`` (CPU) where numba is there."""
     return ("dense", "sampled") if find_spec("numba") else ("dense",)
 
 
@@ -37,11 +38,13 @@ def choose_kernel(
     """The kernel for one weight gradient: ``kernel`` itself, or for ``auto`` the cheaper one by a fixed rule.
 
     The arguments alone decide, not the machine and no measurement, so that a run can be repeated bit for bit:
-    ``tokens`` T, the weight's ``rows`` (outputs) and ``cols`` (inputs), its ``k`` trained entries, ``threads``.
-    Raises FedmaskError for an unknown kernel.
+    ``tokens`` T, the weight's ``rows`` (outputs) and ``cols`` (inputs), its ``k`` trained entries and the
+    ``threads``. Raises FedmaskError for an unknown kernel and for less than one thread.
     """
     if kernel not in _KERNELS:
         raise FedmaskError(unknown("kernel", kernel, _KERNELS))
+    if threads < 1:
+        raise FedmaskError(f"a weight gradient needs at least 1 thread, found {threads}")
     if kernel != "auto":
         return "dense" if kernel == "dense" else "sampled"
     # A thread takes whole blocks, so a few tokens on many threads cost as much as a block on each.
@@ -74,10 +77,11 @@ def sampled_weight_gradient(
 ) -> torch.Tensor:
     """``result[j] = sum_t grad_output[t, rows[j]] * inputs[t, cols[j]]``: a weight's gradient at k entries.
 
-    ``grad_output`` is [T, outputs], ``inputs`` [T, inputs], float32 or bfloat16 (or one of each), contiguous or
-    not. Returns float32[k] in the pattern's order, summed in float32. ``kernel`` is as in ``choose_kernel``;
-    ``auto`` takes the dense product where numba is not installed, on other devices and in float64 (whose result
-    is float64). ``threads`` (default: torch's) cuts the sum into parts: the same number gives the same bits.
+    ``grad_output`` is [T, outputs], ``inputs`` [T, inputs], float32 or bfloat16 (or one of each), contiguous
+    or not. Returns float32[k] in the pattern's order, summed in float32. ``kernel`` is as in
+    ``choose_kernel``; ``auto`` takes the dense product where numba is not installed, on other devices and in
+    float64 (whose result is float64). ``threads`` (default: torch's) cuts the sum into parts: the same number
+    gives the same bits.
 
     Raises FedmaskError for shapes that do not fit, and for ``sampled`` where it cannot run.
     """
