@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -53,7 +54,15 @@ class ParameterSpace:
     @property
     def eligible_size(self) -> int:
         """N: number of entries that a mask may hold."""
-        return self.size - sum(stop - start for start, stop in self.excluded)
+        return sum(self.eligible_sizes)
+
+    @property
+    def eligible_sizes(self) -> list[int]:
+        """Number of entries that a mask may hold, tensor by tensor."""
+        sizes = [stop - start for start, stop in zip(self.offsets, self.offsets[1:], strict=False)]
+        for start, stop in self.excluded:
+            sizes[bisect_right(self.offsets, start) - 1] -= stop - start
+        return sizes
 
     def split(self, indices: np.ndarray) -> list[np.ndarray]:
         """Cut sorted flat indices (int64) into one array a tensor, relative to that tensor."""

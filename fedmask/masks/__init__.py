@@ -8,6 +8,7 @@ from torch import nn
 
 from fedmask.errors import ConfigError, unknown
 from fedmask.masks.base import Mask, Recipe, Rule, mask_from_indices, mask_size
+from fedmask.masks.gradient import gradient_mask
 from fedmask.masks.magnitude import largest, magnitude
 from fedmask.masks.random import random
 from fedmask.space import Eligible
@@ -46,6 +47,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "derive_mask",
+    "gradient_mask",
     "largest",
     "magnitude",
     "magnitude_mask",
