@@ -1,0 +1,183 @@
+"""The ClientApp: reads a message, lets the workspace do the work, answers.
+
+Four kinds of messages: ``query.join`` (here is the mask's recipe, which partition are you?),
+``query.mask`` (here is the mask itself), ``train`` and ``evaluate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+import fedmask._env  # noqa: F401  (before flwr is imported)
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedmask.codecs import pack_update, unpack_indices, unpack_update
+from fedmask.config import RunConfig
+from fedmask.errors import CheckpointError, ConfigError
+from fedmask.flower import (
+    ARRAYS,
+    CONFIG,
+    EXAMPLES,
+    MASK,
+    RECIPE,
+    RecordError,
+    bytes_record,
+    config_of,
+    record_bytes,
+    reply_content,
+)
+from fedmask.masks import Recipe
+from fedmask.workspace import Workspace, get_workspace
+
+__all__ = ["app", "make_client_app"]
+
+T = TypeVar("T")
+
+
+def make_client_app(
+    config: RunConfig | None = None, default: Callable[[], RunConfig] | None = None
+) -> ClientApp:
+    """A ClientApp for one run.
+
+    ``config`` None: each message's run config carries it as JSON (``flwr run``), and ``default`` stands
+    in for an empty one. The app keeps nothing between messages: a SuperNode starts a process per message.
+    """
+    app = ClientApp()
+
+    def settings_of(context: Context) -> RunConfig:
+        return config if config is not None else config_of(context.run_config, default)
+
+    def enter(context: Context) -> tuple[Workspace, int]:
+        settings = settings_of(context)
+        # The number of threads decides the gradients' last bits, so it is set here, on every engine.
+        torch.set_num_threads(settings.threads)
+        workspace = get_workspace(settings)
+        _use_stored_mask(workspace, context)
+        return workspace, _partition(context, settings)
+
+    @app.query("join")
+    def join(message: Message, context: Context) -> Message:
+        settings = settings_of(context)
+        partition = _partition(context, settings)
+        if partition >= settings.clients:
+            answer = ConfigRecord({"partition": partition, "status": "spare"})
+            return Message(RecordDict({CONFIG: answer}), reply_to=message)
+        workspace, _ = enter(context)
+        return Message(_join(workspace, partition, message.content), reply_to=message)
+
+    @app.query("mask")
+    def mask(message: Message, context: Context) -> Message:
+        workspace, partition = enter(context)
+        data = record_bytes(_one(message.content, ARRAYS, ArrayRecord), MASK)
+        _receive_mask(workspace, data)
+        # Kept in the node's state because nothing of a process lives on between a SuperNode's messages.
+        context.state[MASK] = bytes_record(data, MASK)
+        context.state[CONFIG] = ConfigRecord({MASK: workspace.digest})
+        return Message(_confirmation(workspace, partition, "ok"), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        workspace, partition = enter(context)
+        layout = workspace.layout(workspace.task_of(partition))
+        digest, round = workspace.digest, _round(message.content)
+        sent = record_bytes(_one(message.content, ARRAYS, ArrayRecord))
+        vector = unpack_update(sent, layout=layout, digest=digest, round=round)
+        update = workspace.local_update(partition, round, vector)
+        envelope = pack_update(
+            update.change, layout, codec=workspace.config.values, digest=digest, round=round
+        )
+        metrics = {EXAMPLES: update.examples, **update.metrics}
+        return Message(reply_content(envelope, metrics), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        workspace, partition = enter(context)
+        task = workspace.task_of(partition)
+        sent = record_bytes(_one(message.content, ARRAYS, ArrayRecord))
+        vector = unpack_update(
+            sent,
+            layout=workspace.layout(task),
+            digest=workspace.digest,
+            round=_round(message.content),
+        )
+        rows = workspace.shard(partition).held_out
+        found = workspace.evaluate(task, vector, rows) if len(rows) else {}
+        # "score" is the task's metric, under one name for all tasks as in the training replies.
+        named = {"global-loss" if key == "loss" else "global-score": value for key, value in found.items()}
+        return Message(reply_content(None, {EXAMPLES: len(rows), **named}), reply_to=message)
+
+    return app
+
+
+def _join(workspace: Workspace, partition: int, content: RecordDict) -> RecordDict:
+    """Whether this client holds what the run tunes. The server compares the digests itself, too."""
+    offered = str(_one(content, CONFIG, ConfigRecord).get(RECIPE, ""))
+    if not offered:
+        return _confirmation(workspace, partition, "ok")
+    recipe = Recipe.from_json(offered)
+    try:
+        recipe.check_checkpoint(workspace.checkpoint_digest)
+    except CheckpointError as error:
+        return _confirmation(workspace, partition, "refused", str(error))
+    same = workspace.mask is not None and workspace.mask.digest == recipe.mask
+    return _confirmation(workspace, partition, "ok" if same else "other-mask")
+
+
+def _confirmation(workspace: Workspace, partition: int, status: str, reason: str = "") -> RecordDict:
+    answer: dict[str, str | int] = {
+        "partition": partition,
+        "status": status,
+        "digest": workspace.digest,
+        "checkpoint": workspace.checkpoint_digest,
+    }
+    if reason:
+        answer["reason"] = reason
+    return RecordDict({CONFIG: ConfigRecord(answer)})
+
+
+def _receive_mask(workspace: Workspace, data: bytes) -> None:
+    """Take over a packed mask."""
+    if workspace.mask is None:
+        raise CheckpointError(f"method {workspace.config.method!r} has no mask to replace")
+    space = workspace.mask.space
+    workspace.use_mask(unpack_indices(data, space.size, count=workspace.mask.k))
+
+
+def _use_stored_mask(workspace: Workspace, context: Context) -> None:
+    """Take over the mask that an earlier message brought, unless this process uses it already."""
+    record, known = context.state.get(MASK), context.state.get(CONFIG)
+    if not isinstance(record, ArrayRecord):
+        return
+    if not isinstance(known, ConfigRecord) or known.get(MASK) != workspace.digest:
+        _receive_mask(workspace, record_bytes(record, MASK))
+
+
+def _partition(context: Context, config: RunConfig) -> int:
+    found = context.node_config.get("partition-id")
+    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+        raise ConfigError(
+            f"this node's partition-id: expected 0 to {config.clients - 1}, found {found!r}; start its"
+            f" SuperNode with --node-config 'partition-id=0 num-partitions={config.clients}'"
+        )
+    return found
+
+
+def _round(content: RecordDict) -> int:
+    found = _one(content, CONFIG, ConfigRecord).get("round")
+    if isinstance(found, bool) or not isinstance(found, int):
+        raise RecordError(f"round: expected a whole number, found {found!r}")
+    return found
+
+
+def _one(content: RecordDict, name: str, kind: type[T]) -> T:
+    record = content.get(name)
+    if not isinstance(record, kind):
+        raise RecordError(f"expected a {kind.__name__} called {name!r}, found {sorted(content)[:4]}")
+    return record
+
+
+app = make_client_app()

@@ -1,0 +1,164 @@
+"""Vectors and masks <-> Flower records, and the bytes that a message weighs.
+
+The only module of the library that knows Flower. A message carries at most one array: the envelope
+made by ``fedmask.codecs.pack_update`` (or a packed mask) as uint8. One array per message matters:
+with Flower's transport each further array costs requests and headers of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+import fedmask._env  # noqa: F401  (before flwr is imported)
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedmask.codecs import payload_bytes
+from fedmask.config import RunConfig, from_json
+from fedmask.errors import ConfigError, EnvelopeError
+
+ARRAYS = "arrays"
+CONFIG = "config"
+METRICS = "metrics"
+UPDATE = "update"
+MASK = "mask"
+RECIPE = "recipe"
+MAX_METRICS = 9
+EXAMPLES = "num-examples"
+HELD_OUT = "held-out"
+
+QUERY_JOIN = "query.join"
+QUERY_MASK = "query.mask"
+TRAIN = "train"
+EVALUATE = "evaluate"
+
+
+class RecordError(EnvelopeError):
+    """A message whose records are not the ones agreed on."""
+
+
+def config_of(run_config: Mapping[str, object], default: Callable[[], RunConfig] | None = None) -> RunConfig:
+    """The run's settings from the one declared key ``config`` of a Flower run config.
+
+    An empty text means ``default()``. Raises ``ConfigError`` when there is neither, or no sound JSON.
+    """
+    text = run_config.get("config", "")
+    if not isinstance(text, str):
+        raise ConfigError(f"run config: expected JSON text under 'config', found {type(text).__name__}")
+    if text.strip():
+        return from_json(text)
+    if default is None:
+        raise ConfigError("run config: the key 'config' is empty; give the run's settings as one JSON string")
+    return default()
+
+
+def bytes_record(data: bytes, name: str = UPDATE) -> ArrayRecord:
+    """An ArrayRecord with exactly one uint8 array [len(data)] called ``name``."""
+    return ArrayRecord({name: Array(np.frombuffer(data, dtype=np.uint8))})
+
+
+def record_bytes(record: ArrayRecord, name: str = UPDATE) -> bytes:
+    """The bytes of a record made by ``bytes_record``.
+
+    Raises ``RecordError`` when the record holds anything else than one uint8 vector called ``name``.
+    """
+    if list(record) != [name]:
+        raise RecordError(f"expected one array called {name!r}, found {sorted(record)[:4]}")
+    array = record[name]
+    if array.dtype != "uint8" or len(array.shape) != 1 or array.stype != "numpy.ndarray":
+        raise RecordError(f"expected a vector of uint8, found {array.dtype} of shape {tuple(array.shape)}")
+    try:
+        values = array.numpy()
+    except Exception as error:  # NumPy's reader raises many types on damaged bytes
+        raise RecordError(f"the array cannot be read: {error}") from None
+    if values.dtype != np.uint8 or values.ndim != 1:
+        raise RecordError(f"expected a vector of uint8, found {values.dtype} of shape {values.shape}")
+    return values.tobytes()
+
+
+def update_content(envelope: bytes, round: int) -> RecordDict:
+    """What the server sends for training and evaluation: the envelope and the round's number."""
+    return RecordDict({ARRAYS: bytes_record(envelope), CONFIG: ConfigRecord({"round": round})})
+
+
+def reply_content(envelope: bytes | None, metrics: dict[str, float]) -> RecordDict:
+    """What a client answers: its envelope (training only) and scalar metrics."""
+    content = RecordDict()
+    if envelope is not None:
+        content[ARRAYS] = bytes_record(envelope)
+    content[METRICS] = MetricRecord(dict(metrics))
+    return content
+
+
+def read_metrics(record: MetricRecord, required: tuple[str, ...]) -> dict[str, float]:
+    """The metrics of a reply, checked: scalars, finite, ``required`` present, at most nine.
+
+    Raises ``RecordError``. Besides the required keys there may be ``held-out`` (a number of rows) and
+    keys that begin with ``global-`` or ``personal-``.
+    """
+    found: dict[str, float] = {}
+    if len(record) > MAX_METRICS:
+        raise RecordError(f"expected at most {MAX_METRICS} metrics, found {len(record)}")
+    for key, value in record.items():
+        if key not in (*required, HELD_OUT) and not key.startswith(("global-", "personal-")):
+            raise RecordError(f"unknown metric {key[:40]!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RecordError(f"metric {key[:40]!r}: expected one number, found {type(value).__name__}")
+        if not math.isfinite(value):
+            raise RecordError(f"metric {key[:40]!r} is not finite")
+        found[key] = value
+    for key in required:
+        if key not in found:
+            raise RecordError(f"metric {key!r} is missing")
+    return found
+
+
+def message_bytes(messages: Sequence[Message]) -> list[int]:
+    """Bytes of each whole serialized message: the message and all records, arrays and chunks below it.
+
+    Objects of equal content count once per message, as Flower sends them. HTTP is not counted. Messages
+    that share their content are measured together so that a large vector is serialized once.
+    """
+    sizes: dict[str, int] = {}
+    totals = []
+    with no_object_id_recompute():
+        for message in messages:
+            parts = get_all_nested_objects(message)
+            for name, part in parts.items():
+                if name not in sizes:
+                    sizes[name] = len(part.deflate())
+            totals.append(sum(sizes[name] for name in parts))
+    return totals
+
+
+def content_payload_bytes(content: RecordDict) -> int:
+    """Bytes of values, indices or recipe in a message's content, without headers, names and metrics.
+
+    Unreadable content counts as nothing: the whole message's bytes are counted beside it anyway.
+    """
+    total = 0
+    for arrays in content.array_records.values():
+        for name, array in arrays.items():
+            try:
+                data = record_bytes(ArrayRecord({name: array}), name)
+                total += payload_bytes(data) if name == UPDATE else len(data)
+            except EnvelopeError:
+                continue
+    for config in content.config_records.values():
+        recipe = config.get(RECIPE)
+        if isinstance(recipe, str):
+            total += len(recipe.encode())
+    return total
+
+
+def ensure_identity() -> None:
+    """Give this process a task identity when no Flower runtime did: ``Message(...)`` needs one."""
+    for name in ("run_id", "task_id", "node_id"):
+        try:
+            getattr(TaskIdentity, name)
+        except RuntimeError:
+            setattr(TaskIdentity, name, 1)

@@ -1,0 +1,151 @@
+"""The ServerApp: one run from the settings to the finished folder."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fedmask._env  # noqa: F401  (before flwr is imported)
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedmask.config import RunConfig
+from fedmask.flower import config_of
+from fedmask.ledger import Ledger
+from fedmask.workspace import get_workspace
+from server.facts import run_record
+from server.joining import join
+from server.observer import Observer, Silent
+from server.record import Existing, RunFolder, vector_digest
+from server.rounds import Federation, RunState
+from server.strategy import ServerStrategy
+from server.summary import costs, save_change
+
+__all__ = ["RunResult", "app", "make_server_app", "run_server"]
+
+NODE_TIMEOUT = 300.0
+FOLDER_LINE = "fedmask: the run's folder is"
+log = logging.getLogger("flwr")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, its ``summary.json``, and the state that it ended with."""
+
+    folder: Path
+    summary: dict[str, Any]
+    state: RunState
+
+
+def make_server_app(
+    config: RunConfig | None = None,
+    observer: Observer | None = None,
+    *,
+    default: Callable[[], RunConfig] | None = None,
+    engine: str = "superlink",
+    existing: Existing = "refuse",
+    client_evaluation: bool = True,
+    node_timeout: float = NODE_TIMEOUT,
+    on_result: Callable[[RunResult], None] | None = None,
+) -> ServerApp:
+    """A ServerApp for one run.
+
+    ``config`` None: the run config carries it as JSON under ``config`` (``flwr run``), and ``default`` stands
+    in for an empty one. ``engine`` is only recorded. ``existing``: what an existing run folder means (see
+    ``RunFolder``). ``client_evaluation``: whether the final vector is scored on the clients' held-out rows.
+    ``node_timeout``: seconds to wait for all nodes. ``on_result`` is called with the finished run.
+    """
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        settings = config if config is not None else config_of(context.run_config, default)
+        result = run_server(
+            grid,
+            settings,
+            observer or Silent(),
+            engine=engine,
+            existing=existing,
+            client_evaluation=client_evaluation,
+            node_timeout=node_timeout,
+        )
+        log.info("%s %s on %s", FOLDER_LINE, result.folder, socket.gethostname())
+        if on_result is not None:
+            on_result(result)
+
+    return server
+
+
+def run_server(
+    grid: Grid,
+    config: RunConfig,
+    observer: Observer,
+    *,
+    engine: str,
+    existing: Existing,
+    client_evaluation: bool,
+    node_timeout: float,
+) -> RunResult:
+    """The whole run over a grid. Raises ``FedmaskError``; settings are checked before anything is written."""
+    began = time.monotonic()
+    folder = RunFolder(config, existing)
+    strategy = ServerStrategy(config.server.strategy, config.server.options, config.server.task_weighting)
+    workspace = get_workspace(config)
+    state = RunState.start(workspace)
+    strategy.check(config.server.clients_per_round or config.clients, state.shared.size)
+    record = run_record(workspace, engine)
+    folder.create()
+    folder.write_config(record)
+    ledger = Ledger()
+    observer.on_start(folder.path, config.rounds, config.clients)
+    observer.on_round_start(0, ())
+    roster = join(grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply)
+    rows = {one["client"]: one["train_rows"] for one in record["facts"]["partitions"]}
+    federation = Federation(workspace, grid, roster, strategy, ledger, observer, rows)
+    row = federation.start_row(state, began)
+    steps, schedule = 0, []
+    while True:
+        folder.append_round(row, ledger)
+        observer.on_round_end(row)
+        if state.round:
+            steps += row["steps"]
+            schedule.append(row["sampled"])
+        if state.round == config.rounds:
+            break
+        state, row = federation.train_round(state)
+    clients = federation.client_scores(state) if client_evaluation else {}
+    summary = {
+        "test": federation.scores(state, "test"),
+        "final_dev": row["dev"],
+        "clients": clients,
+        "vector_sha256": vector_digest(state.shared, state.heads),
+        "rounds": state.round,
+        "bytes": _totals(ledger),
+        "steps": steps,
+        "seconds": time.monotonic() - began,
+        "costs": costs(workspace, schedule),
+    }
+    save_change(workspace, state, folder.path / "delta.safetensors")
+    folder.finish(summary, ledger)
+    observer.on_end(summary)
+    return RunResult(folder.path, summary, state)
+
+
+def _totals(ledger: Ledger) -> dict[str, Any]:
+    """Payload and message bytes in all, and by kind and direction."""
+    whole = {way: ledger.total(direction=way) for way in ("up", "down")}
+    out: dict[str, Any] = {way: total.payload_bytes for way, total in whole.items()}
+    out |= {f"{way}_message": total.message_bytes for way, total in whole.items()}
+    out["kinds"] = {
+        str(kind): {way: asdict(ledger.total(kind=kind, direction=way)) for way in ("up", "down")}
+        for (kind,) in ledger.totals("kind")
+    }
+    return out
+
+
+app = make_server_app(existing="number")

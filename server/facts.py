@@ -1,0 +1,62 @@
+"""What a run's settings come to for this model and these tasks: ``facts`` in ``config.json``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from fedmask.config import RunConfig
+from fedmask.tasks import Tokenized
+from fedmask.workspace import Workspace
+from server.record import machine, versions
+
+
+def run_record(workspace: Workspace, engine: str) -> dict[str, Any]:
+    """The whole of ``config.json``."""
+    recipe = workspace.recipe()
+    return {
+        "config": workspace.config.model_dump(mode="json"),
+        "versions": versions(),
+        "machine": machine(),
+        "engine": engine,
+        "recipe": json.loads(recipe.to_json()) if recipe else None,
+        "checkpoint_digest": workspace.checkpoint_digest,
+        "facts": _facts(workspace, workspace.config),
+    }
+
+
+def _facts(workspace: Workspace, config: RunConfig) -> dict[str, Any]:
+    mask = workspace.mask
+    return {
+        "k": mask.k if mask else 0,
+        "mask_digest": mask.digest if mask else None,
+        "eligible_size": mask.space.eligible_size if mask else 0,
+        "backbone_size": workspace.backbone_size,
+        "layout": {
+            task: [[segment.name, segment.size] for segment in workspace.layout(task).segments]
+            for task in workspace.tasks
+        },
+        "partitions": [_partition(workspace, client) for client in range(config.clients)],
+    }
+
+
+def _partition(workspace: Workspace, client: int) -> dict[str, Any]:
+    shard = workspace.shard(client)
+    return {
+        "client": client,
+        "task": shard.task,
+        "train_rows": len(shard.train),
+        "held_out_rows": len(shard.held_out),
+        "labels": _labels(workspace, shard.task, shard.train),
+    }
+
+
+def _labels(workspace: Workspace, task: str, rows: Tokenized) -> dict[str, int]:
+    """How many training rows have each label; none for a regression."""
+    data = workspace.data(task)
+    if data.kind != "classification":
+        return {}
+    counts = np.bincount(np.asarray(rows.labels, dtype=np.int64), minlength=len(data.labels))
+    return {str(label): int(count) for label, count in zip(data.labels, counts, strict=True)}

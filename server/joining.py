@@ -1,0 +1,168 @@
+"""Who takes part: waiting for nodes, learning which partition each holds, agreeing on the mask."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import fedmask._env  # noqa: F401  (before flwr is imported)
+from flwr.app import ConfigRecord, RecordDict
+from flwr.serverapp import Grid
+
+from fedmask.codecs import pack_indices
+from fedmask.errors import EnvelopeError, FederationError
+from fedmask.flower import ARRAYS, CONFIG, MASK, QUERY_JOIN, QUERY_MASK, RECIPE, bytes_record
+from fedmask.ledger import Ledger
+from fedmask.workspace import Workspace
+from server.exchange import Answer, Request, enter, exchange
+from server.replies import Joined, read_join
+
+log = logging.getLogger("flwr")
+
+
+@dataclass
+class Roster:
+    """``nodes``: partition -> node id of the clients that take part; ``failed``: the others, with reasons."""
+
+    nodes: dict[int, int] = field(default_factory=dict)
+    failed: list[dict[str, int | str]] = field(default_factory=list)
+
+
+def wait_for_nodes(grid: Grid, wanted: int, timeout: float) -> list[int]:
+    """The ids of all nodes, sorted, as soon as ``wanted`` are there.
+
+    Flower's strategies size their sample before the nodes have arrived. Raises ``FederationError``
+    after ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    pause, told = 0.02, time.monotonic()
+    while True:
+        nodes = sorted(grid.get_node_ids())
+        if len(nodes) >= wanted:
+            return nodes
+        now = time.monotonic()
+        if now >= deadline:
+            raise FederationError(
+                f"expected {wanted} nodes, found {len(nodes)} after {timeout:g} s: start the missing"
+                f" SuperNodes, or simulate enough of them with --federation-config 'num-supernodes={wanted}'"
+            )
+        if now - told >= 5.0:
+            log.info("waiting for nodes: %d of %d are here", len(nodes), wanted)
+            told = now
+        time.sleep(min(pause, deadline - now))
+        pause = min(2 * pause, 1.0)
+
+
+def join(
+    grid: Grid,
+    workspace: Workspace,
+    ledger: Ledger,
+    *,
+    node_timeout: float,
+    arrived: Callable[[int], None],
+) -> Roster:
+    """Offer the mask's recipe to every node, learn its partition, send the packed mask where it is needed.
+
+    ``arrived(client)`` is called once an answer. Raises ``FederationError`` when a client holds another
+    checkpoint, when two nodes claim one partition, or when fewer than ``server.min_replies`` are left.
+    """
+    config = workspace.config
+    recipe = workspace.recipe()
+    offer = RecordDict({CONFIG: ConfigRecord({RECIPE: recipe.to_json() if recipe else ""})})
+    nodes = wait_for_nodes(grid, config.clients, node_timeout)
+    answers = exchange(
+        grid,
+        [Request(node, -1, offer) for node in nodes],
+        QUERY_JOIN,
+        config.server.timeout,
+        lambda answer: arrived(answer.client),
+    )
+    roster = Roster()
+    needing = _seat(workspace, answers, roster)
+    enter(ledger, 0, "mask", answers)
+    _refuse_gaps(config.clients, answers, roster)
+    if needing:
+        _send_mask(grid, workspace, ledger, roster, needing)
+    if len(roster.nodes) < config.server.min_replies:
+        reasons = "; ".join(f"client {one['client']}: {one['reason']}" for one in roster.failed[:5])
+        raise FederationError(
+            f"expected at least {config.server.min_replies} clients (server.min_replies),"
+            f" {len(roster.nodes)} joined ({reasons})"
+        )
+    return roster
+
+
+def _seat(workspace: Workspace, answers: list[Answer], roster: Roster) -> list[int]:
+    """Fill the roster from the answers; the partitions that need the packed mask."""
+    needing = []
+    for answer in answers:
+        said = _read(answer)
+        if said is None:
+            roster.failed.append({"client": answer.client, "reason": answer.reason})
+            continue
+        answer.client = said.partition
+        if said.status == "spare":
+            continue
+        if not 0 <= said.partition < workspace.config.clients:
+            answer.fail("rejected", f"no client has the partition {said.partition}")
+            roster.failed.append({"client": -1, "reason": answer.reason})
+            continue
+        if said.checkpoint != workspace.checkpoint_digest or said.status == "refused":
+            raise FederationError(
+                f"client {said.partition} refuses: this federation tunes the checkpoint"
+                f" {workspace.checkpoint_digest}, the client holds {said.checkpoint}; use the same"
+                " pre-trained weights on every machine"
+            )
+        if said.partition in roster.nodes:
+            raise FederationError(
+                f"two nodes hold partition {said.partition} (ids {roster.nodes[said.partition]} and"
+                f" {answer.request.node}): give each SuperNode a partition-id of its own"
+            )
+        roster.nodes[said.partition] = answer.request.node
+        if workspace.mask is not None and (
+            workspace.config.mask_transport == "packed" or said.digest != workspace.digest
+        ):
+            needing.append(said.partition)
+    return needing
+
+
+def _refuse_gaps(wanted: int, answers: list[Answer], roster: Roster) -> None:
+    # A node that failed could have held a missing partition; without failures the numbering is wrong.
+    missing = [partition for partition in range(wanted) if partition not in roster.nodes]
+    if missing and not roster.failed:
+        raise FederationError(
+            f"{len(answers)} nodes answered, but none holds partition {missing[0]}: number the SuperNodes'"
+            f" partition-id from 0 to {wanted - 1}"
+        )
+
+
+def _send_mask(grid: Grid, workspace: Workspace, ledger: Ledger, roster: Roster, clients: list[int]) -> None:
+    mask = workspace.mask
+    if mask is None:
+        return
+    packed = pack_indices(np.asarray(mask.indices), mask.space.size, boundaries=mask.space.offsets)
+    content = RecordDict({ARRAYS: bytes_record(packed, MASK)})
+    requests = [Request(roster.nodes[client], client, content) for client in sorted(clients)]
+    answers = exchange(grid, requests, QUERY_MASK, workspace.config.server.timeout)
+    for answer in answers:
+        said = _read(answer)
+        if said is not None and (said.digest, said.partition) != (mask.digest, answer.client):
+            answer.fail("rejected", f"confirmed the mask {said.digest[:16]}, not {mask.digest[:16]}")
+        if answer.reply is None:
+            roster.nodes.pop(answer.client)
+            roster.failed.append({"client": answer.client, "reason": answer.reason})
+    enter(ledger, 0, "mask", answers)
+
+
+def _read(answer: Answer) -> Joined | None:
+    if answer.reply is None:
+        return None
+    try:
+        return read_join(answer.reply)
+    except EnvelopeError as error:
+        answer.fail("rejected", str(error))
+        return None

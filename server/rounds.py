@@ -1,0 +1,248 @@
+"""The rounds of a federation: who is asked, what is averaged, what is written.
+
+Flower's own ``strategy.start`` always begins at round 1, samples before the nodes are there and stops at
+the first malformed reply; this loop does none of that and keeps its state in one place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import fedmask._env  # noqa: F401  (before flwr is imported)
+from flwr.serverapp import Grid
+
+from fedmask.codecs import pack_update
+from fedmask.errors import EnvelopeError, FederationError
+from fedmask.flower import EVALUATE, EXAMPLES, HELD_OUT, TRAIN, update_content
+from fedmask.ledger import Ledger
+from fedmask.rng import rng_for
+from fedmask.workspace import Workspace
+from server.evaluation import Scores, central_scores, task_means
+from server.exchange import Answer, Request, enter, exchange
+from server.joining import Roster
+from server.observer import Observer
+from server.replies import read_scores, read_training
+from server.strategy import Contribution, ServerStrategy
+
+Row = dict[str, Any]
+
+
+@dataclass
+class RunState:
+    """All that the next round depends on, besides the strategy's own state (``ServerStrategy.state``).
+
+    ``shared`` float32 ``[s]``, ``heads`` float32 by task: changes from the reference, zeros at first.
+    """
+
+    round: int
+    shared: np.ndarray
+    heads: dict[str, np.ndarray]
+
+    @classmethod
+    def start(cls, workspace: Workspace) -> RunState:
+        """The state before round 1."""
+        layouts = {task: workspace.layout(task) for task in workspace.tasks}
+        shared = next(iter(layouts.values())).shared_size
+        heads = {task: np.zeros(layout.size - shared, np.float32) for task, layout in layouts.items()}
+        return cls(0, np.zeros(shared, np.float32), heads)
+
+
+class Federation:
+    """One run's server: everything between joining and the summary."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        grid: Grid,
+        roster: Roster,
+        strategy: ServerStrategy,
+        ledger: Ledger,
+        observer: Observer,
+        rows: Mapping[int, int],
+    ) -> None:
+        """``rows``: training rows by partition, the most that a client may claim to have learned from."""
+        self.workspace = workspace
+        self.config = workspace.config
+        self.grid = grid
+        self.roster = roster
+        self.strategy = strategy
+        self.ledger = ledger
+        self.observer = observer
+        self.rows = rows
+
+    def sample(self, round: int) -> tuple[int, ...]:
+        """The partitions asked in a round: a function of seed, round and who joined, of nothing else."""
+        joined = sorted(self.roster.nodes)
+        count = min(self.config.server.clients_per_round or len(joined), len(joined))
+        if count == len(joined):
+            return tuple(joined)
+        rng = rng_for(self.config.seed, round, -1, "sample")
+        return tuple(sorted(int(client) for client in rng.choice(joined, size=count, replace=False)))
+
+    def start_row(self, state: RunState, began: float) -> Row:
+        """Round 0: what the untrained model scores, and who did not join."""
+        row = self._row(0, (), [])
+        row["rejected"] = list(self.roster.failed)
+        for (way,), total in self.ledger.totals("direction", round=0).items():
+            row["bytes"] |= {str(way): total.payload_bytes, f"{way}_message": total.message_bytes}
+        row["dev"] = self.scores(state, "dev")
+        row["seconds"] = time.monotonic() - began
+        return row
+
+    def train_round(self, state: RunState) -> tuple[RunState, Row]:
+        """One round of training: the state after it and its row.
+
+        Raises ``FederationError`` when fewer usable replies than ``server.min_replies`` came back.
+        """
+        began, round = time.monotonic(), state.round + 1
+        clients = self.sample(round)
+        self.observer.on_round_start(round, clients)
+        answers = self._exchange(state, round, clients, TRAIN)
+        good = [reply for answer in answers if (reply := self._judge(answer, round)) is not None]
+        enter(self.ledger, round, "train", answers)
+        row = self._row(round, clients, answers)
+        if len(good) < self.config.server.min_replies:
+            reasons = "; ".join(f"client {one['client']}: {one['reason']}" for one in row["rejected"][:5])
+            raise FederationError(
+                f"round {round}: expected at least {self.config.server.min_replies} usable replies"
+                f" (server.min_replies), found {len(good)} of {len(clients)} ({reasons})"
+            )
+        combined = self.strategy.combine(round, state.shared, state.heads, good)
+        after = RunState(round, combined.shared, combined.heads)
+        row.update(self._measured(good))
+        row["replied"] = sorted(reply.client for reply in good)
+        row["selected"] = list(combined.selected)
+        row["note"] = combined.note
+        row["dev"] = self.scores(after, "dev")
+        row["seconds"] = time.monotonic() - began
+        return after, row
+
+    def scores(self, state: RunState, split: str) -> Scores:
+        """Central scores of a state: ``dev`` on at most ``eval_rows`` rows, ``test`` on all."""
+        rows = self.config.eval_rows if split == "dev" else None
+        return central_scores(self.workspace, state.shared, state.heads, split, rows)
+
+    def client_scores(self, state: RunState) -> dict[str, dict[str, float]]:
+        """The final vector on every client's held-out rows: ``{task: {"loss", "score", "clients"}}``.
+
+        The one evaluation that costs a download of its own; clients that fail are left out.
+        """
+        answers = self._exchange(state, state.round, tuple(sorted(self.roster.nodes)), EVALUATE)
+        pairs: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}, "score": {}}
+        counted: dict[str, int] = {}
+        for answer in answers:
+            found = self._scores_of(answer)
+            if not found or not found[EXAMPLES]:
+                continue
+            task = self.workspace.task_of(answer.client)
+            counted[task] = counted.get(task, 0) + 1
+            for key, held in pairs.items():
+                if f"global-{key}" in found:
+                    held.setdefault(task, []).append((int(found[EXAMPLES]), found[f"global-{key}"]))
+        enter(self.ledger, state.round, "evaluate", answers)
+        means = {key: task_means(held) for key, held in pairs.items()}
+        return {
+            task: {
+                **{key: mean[task] for key, mean in means.items() if task in mean},
+                "clients": counted[task],
+            }
+            for task in self.workspace.tasks
+            if task in counted
+        }
+
+    def _exchange(self, state: RunState, round: int, clients: Sequence[int], kind: str) -> list[Answer]:
+        # Clients of one task get the same bytes, so each task's vector is packed once.
+        contents = {
+            task: update_content(
+                pack_update(
+                    np.concatenate([state.shared, state.heads[task]]),
+                    self.workspace.layout(task),
+                    codec=self.config.values,
+                    digest=self.workspace.digest,
+                    round=round,
+                ),
+                round,
+            )
+            for task in sorted({self.workspace.task_of(client) for client in clients})
+        }
+        requests = [
+            Request(self.roster.nodes[client], client, contents[self.workspace.task_of(client)])
+            for client in clients
+        ]
+        timeout = self.config.server.timeout
+        return exchange(
+            self.grid, requests, kind, timeout, lambda answer: self.observer.on_reply(answer.client)
+        )
+
+    def _judge(self, answer: Answer, round: int) -> Contribution | None:
+        """A reply as a contribution, or None with the reason in the answer."""
+        if answer.reply is None:
+            return None
+        task = self.workspace.task_of(answer.client)
+        try:
+            return read_training(
+                answer.reply,
+                client=answer.client,
+                task=task,
+                layout=self.workspace.layout(task),
+                digest=self.workspace.digest,
+                round=round,
+                most_rows=self.rows[answer.client],
+            )
+        except EnvelopeError as error:
+            answer.fail("rejected", str(error))
+            return None
+
+    def _scores_of(self, answer: Answer) -> dict[str, float]:
+        if answer.reply is None:
+            return {}
+        try:
+            return read_scores(answer.reply, most_rows=self.rows[answer.client])
+        except EnvelopeError as error:
+            answer.fail("rejected", str(error))
+            return {}
+
+    def _row(self, round: int, clients: Sequence[int], answers: Sequence[Answer]) -> Row:
+        """The parts of a row that every round has."""
+        rejected = [{"client": a.client, "reason": a.reason} for a in answers if a.status != "ok"]
+        return {
+            "round": round,
+            "seconds": 0.0,
+            "dev": {},
+            "global": {},
+            "personal": {},
+            "train_loss": {},
+            "sampled": list(clients),
+            "replied": [],
+            "selected": [],
+            "rejected": rejected,
+            "steps": 0,
+            "bytes": {
+                "up": sum(answer.up[0] for answer in answers),
+                "down": sum(answer.down[0] for answer in answers),
+                "up_message": sum(answer.up[1] for answer in answers),
+                "down_message": sum(answer.down[1] for answer in answers),
+            },
+            "note": "",
+        }
+
+    def _measured(self, good: Sequence[Contribution]) -> Row:
+        """Clients' own numbers as means by task: losses weigh by training rows, scores by held-out rows."""
+        losses: dict[str, list[tuple[int, float]]] = {}
+        scores: dict[str, dict[str, list[tuple[int, float]]]] = {"global": {}, "personal": {}}
+        for reply in sorted(good, key=lambda one: one.client):
+            losses.setdefault(reply.task, []).append((reply.examples, reply.metrics["train-loss"]))
+            for kind, held in scores.items():
+                if f"{kind}-score" in reply.metrics:
+                    rows = int(reply.metrics.get(HELD_OUT, 0))
+                    held.setdefault(reply.task, []).append((rows, reply.metrics[f"{kind}-score"]))
+        return {
+            "train_loss": task_means(losses),
+            **{kind: task_means(held) for kind, held in scores.items()},
+            "steps": int(sum(reply.metrics["steps"] for reply in good)),
+        }

@@ -1,0 +1,64 @@
+"""What stands at the end of a run: the final change as a file, and what other ways would have cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedmask.costs import RunFacts, compare, lora_values, query_value_shapes
+from fedmask.delta import write_delta
+from fedmask.tuner import tuning_of
+from fedmask.workspace import Workspace
+from server.record import vector_digest
+from server.rounds import RunState
+
+
+def save_change(workspace: Workspace, state: RunState, path: Path) -> None:
+    """``delta.safetensors``: the shared segments and every task's head, as changes from the reference."""
+    segments: dict[str, np.ndarray] = {}
+    names: dict[str, list[str]] = {}
+    for task in workspace.tasks:
+        vector = np.concatenate([state.shared, state.heads[task]])
+        segments |= {name: vector[where] for name, where in workspace.layout(task).slices().items()}
+        for trainable in tuning_of(workspace.model(task)).trainables:
+            if hasattr(trainable, "names"):
+                names[trainable.segment] = list(trainable.names)
+    write_delta(
+        path,
+        segments,
+        checkpoint=workspace.checkpoint_digest,
+        mask=workspace.mask,
+        names=names,
+        more={"vector_sha256": vector_digest(state.shared, state.heads), "run": workspace.config.name},
+    )
+
+
+def costs(workspace: Workspace, schedule: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Payload bytes of this run done in other ways, by formula (``fedmask.costs``), by way.
+
+    ``schedule``: the partitions asked in each round.
+    """
+    config, mask = workspace.config, workspace.mask
+    layouts = {task: workspace.layout(task) for task in workspace.tasks}
+    heads = {task: layout.size - layout.shared_size for task, layout in layouts.items()}
+    shared = next(iter(layouts.values())).shared_size
+    k = mask.k if mask else 0
+    recipe = workspace.recipe()
+    space = workspace.space
+    found = compare(
+        RunFacts(
+            k=k,
+            eligible_size=space.eligible_size,
+            backbone_size=workspace.backbone_size,
+            client_heads=[heads[workspace.task_of(client)] for client in range(config.clients)],
+            schedule=schedule,
+            beside=shared - k,
+            value_bytes=2.0 if config.values == "fp16" else 4.0,
+            recipe_bytes=len(recipe.to_json().encode()) if recipe else 0,
+            lora_values=lora_values(query_value_shapes(space.names, space.shapes)),
+        )
+    )
+    return {way: cost.to_dict() for way, cost in found.items()}
