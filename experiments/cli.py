@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from fedmask.errors import FedmaskError
+from fedmask.errors import FederationError, FedmaskError
 
 app = typer.Typer(
     help="Fine-tune a pre-trained transformer across clients through one shared sparse mask.",
@@ -79,6 +79,17 @@ def run(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Clients that train at the same time.")] = None,
     engine: Annotated[str, typer.Option(help="inprocess, ray or superlink.")] = "inprocess",
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Engine ray: Flower's backend config (client_resources, init_args) as JSON."),
+    ] = None,
+    connection: Annotated[
+        str | None,
+        typer.Option(help="Engine superlink: a connection of Flower's config.toml (none: its default)."),
+    ] = None,
+    federation_config: Annotated[
+        str | None, typer.Option(help="Engine superlink: passed on to flwr run, e.g. 'num-supernodes=8'.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting as dotted.key=value. Repeatable.")
     ] = None,
@@ -94,9 +105,10 @@ def run(
 
     given = locals()
     settings = build_config(config, {key: given[key] for key in KEYS}, task or (), option or (), set_ or ())
-    from experiments.commands import run_federation
+    from experiments.launch import Engine, run_federation
 
-    run_federation(settings, engine=engine, overwrite=overwrite, as_json=json)
+    chosen = Engine(engine, backend, connection, federation_config, overwrite)
+    run_federation(settings, chosen, as_json=json)
 
 
 @app.command()
@@ -156,6 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what a user got wrong becomes one line on stderr and exit code 2."""
     try:
         code: Any = app(args=arguments, standalone_mode=False)
+    except FederationError as error:
+        code = _fail(str(error), code=1)  # not the user's mistake: the run itself failed
     except (FedmaskError, OSError) as error:
         code = _fail(str(error))
     except click.ClickException as error:
@@ -166,9 +180,9 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     print("fedmask: " + " ".join(message.split()), file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

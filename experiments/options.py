@@ -52,9 +52,10 @@ def build_config(
 ) -> RunConfig:
     """The config of one run.
 
-    ``path`` is a TOML file or a run's ``config.json`` (None: the demo); ``given`` maps option names (see ``KEYS``) to values,
-    None meaning "not given"; ``tasks`` are task specs that replace the file's tasks; ``options``
-    are ``key=value`` for the server's strategy; ``sets`` are ``dotted.key=value``. Raises ConfigError.
+    ``path`` is a TOML file or a run's ``config.json`` (None: the demo); ``given`` maps option names
+    (see ``KEYS``) to values, None meaning "not given"; ``tasks`` are task specs that replace the file's
+    tasks; ``options`` are ``key=value`` for the server's strategy; ``sets`` are ``dotted.key=value``.
+    Raises ConfigError.
     """
     values = read_settings(path or DEMO)
     if path is None:

@@ -94,6 +94,20 @@ def test_bad_pairs(arguments: dict[str, list[str]], part: str) -> None:
     assert part in str(caught.value)
 
 
+def test_the_settings_of_an_earlier_run(run_folder: Path) -> None:
+    config = build_config(run_folder / "config.json", {"name": "again", "rounds": 5})
+    assert (config.name, config.rounds) == ("again", 5)
+    assert [task.metric for task in config.tasks] == ["accuracy", "f1"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": 1}'])
+def test_a_json_file_that_is_no_record(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json: expected"):
+        build_config(path, {})
+
+
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_study_is_a_valid_config(path: Path) -> None:
     assert load_config(path).name == path.stem
