@@ -98,7 +98,8 @@ class TrainConfig(_Settings):
     """Local training. ``steps`` caps the optimizer steps per client and round; None: epochs decide.
 
     ``head_lr`` and ``adapter_lr`` default to ``lr``. ``clip_norm`` bounds the norm of the whole
-    trained vector's gradient; None: no clipping.
+    trained vector's gradient; None: no clipping. ``dropout`` goes for every dropout layer, backbone
+    included.
     """
 
     epochs: Real = Field(default=1.0, gt=0)
@@ -143,6 +144,7 @@ class RunConfig(_Settings):
     threads: Whole = Field(default=1, ge=1)
     workers: Whole | None = Field(default=None, ge=1)
     eval_rows: Whole = Field(default=1000, ge=1)
+    overlap_batches: Whole = Field(default=2, ge=0)
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)

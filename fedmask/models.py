@@ -132,10 +132,13 @@ def task_model(
 ) -> MeanHead | OwnHead:
     """The model of one task: the backbone's tensors shared, a head drawn from (seed, task).
 
-    ``outputs``: number of classes, or 1 for regression. The head's start is the same on every machine.
+    ``outputs``: number of classes, or 1 for regression. ``dropout``: the probability of every dropout
+    layer. The head's start is the same on every machine.
     """
     if head == "hf":
-        return _own_head(backbone, task, outputs, seed)
+        own = _own_head(backbone, task, outputs, seed)
+        set_dropout(own, dropout)
+        return own
     if getattr(backbone.model.config, "is_encoder_decoder", False):
         raise ConfigError(
             f"model {backbone.source}: an encoder-decoder has no single last state; use --head hf"
@@ -147,7 +150,18 @@ def task_model(
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(numbers * _INIT_DEVIATION))
         model.head.bias.zero_()
+    set_dropout(model, dropout)
     return model
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Give every dropout of ``model`` the same probability, the one inside attention included."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        for name in ("attention_dropout", "dropout"):  # plain numbers, as several architectures keep them
+            if isinstance(module.__dict__.get(name), float):
+                setattr(module, name, probability)
 
 
 def _own_head(backbone: Backbone, task: str, outputs: int, seed: int) -> OwnHead:

@@ -75,10 +75,8 @@ def train(
     with torch.random.fork_rng(devices=[]):  # dropout takes no generator
         torch.manual_seed(seed_for(stream.seed, stream.round, stream.client, "dropout"))
         for rows in rounds[:steps]:
-            batch = collate(data, rows, pad_id)
-            labels = batch.pop("labels")
             optimizer.zero_grad(set_to_none=True)
-            loss = _loss(model(**batch), labels)
+            loss = batch_loss(model, data, rows, pad_id)
             loss.backward()  # type: ignore[no-untyped-call]
             if plan.clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, plan.clip_norm)
@@ -86,6 +84,13 @@ def train(
             total += float(loss.detach())
     model.eval()
     return total / len(rounds[:steps]), len(rounds[:steps])
+
+
+def batch_loss(model: nn.Module, data: Tokenized, rows: np.ndarray, pad_id: int) -> torch.Tensor:
+    """The mean loss (a scalar) of ``model`` on some rows of ``data``, padded to the longest of them."""
+    batch = collate(data, rows, pad_id)
+    labels = batch.pop("labels")
+    return _loss(model(**batch), labels)
 
 
 def evaluate(model: nn.Module, data: Tokenized, metric: str, pad_id: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ its random stream; the backbone is loaded once a process.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 
@@ -15,14 +15,23 @@ from fedmask import config as configuration
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError
 from fedmask.layout import HEAD_PREFIX, Layout
-from fedmask.masks import Mask, Recipe, Rule, derive_mask, mask_from_indices
+from fedmask.masks import Mask, Recipe, Rule, derive_mask, gradient_mask, mask_from_indices
 from fedmask.methods import METHODS, backbone_trainables
 from fedmask.models import Backbone, MeanHead, OwnHead, head_parameters, load_backbone, task_model
 from fedmask.rng import rng_for
 from fedmask.space import ParameterSpace, backbone_parameters, checkpoint_digest, parameter_space
-from fedmask.tasks import TaskData, Tokenized, assignments, load_task, shards, split_held_out, tokenize
+from fedmask.tasks import (
+    TaskData,
+    Tokenized,
+    assignments,
+    batches,
+    load_task,
+    shards,
+    split_held_out,
+    tokenize,
+)
 from fedmask.trainables import DenseTensors
-from fedmask.training import LocalUpdate, Stream, evaluate, local_update, tuned
+from fedmask.training import LocalUpdate, Stream, batch_loss, evaluate, local_update, tuned
 from fedmask.tuner import attach, detach, tuning_of
 
 
@@ -117,22 +126,19 @@ class Workspace:
     def model(self, task: str) -> MeanHead | OwnHead:
         """The task's model with the method's trainables and its head attached, at the reference."""
         if task not in self._models:
-            data = self.data(task)
-            outputs = len(data.labels) if data.kind == "classification" else 1
-            settings = self.config
-            model = task_model(
-                self.backbone,
-                task,
-                outputs,
-                head=settings.head,
-                seed=settings.seed,
-                dropout=settings.train.dropout,
-            )
-            parts = backbone_trainables(METHODS[settings.method], model, self.mask, settings.adapter)
+            model = self._new_model(task)
+            parts = backbone_trainables(METHODS[self.config.method], model, self.mask, self.config.adapter)
             head = DenseTensors(HEAD_PREFIX + task, model, head_parameters(model))
             attach(model, [*parts, head])
             self._models[task] = model
         return self._models[task]
+
+    def _new_model(self, task: str) -> MeanHead | OwnHead:
+        data, config = self.data(task), self.config
+        outputs = len(data.labels) if data.kind == "classification" else 1
+        return task_model(
+            self.backbone, task, outputs, head=config.head, seed=config.seed, dropout=config.train.dropout
+        )
 
     def layout(self, task: str) -> Layout:
         """The segments of the vector that a client of ``task`` receives and sends."""
@@ -164,18 +170,24 @@ class Workspace:
             self._rows[task] = shards(settings, self.data(task), partition_rule, self.config.seed)
         return self._rows[task][index]
 
+    def split(self, partition: int) -> tuple[np.ndarray, np.ndarray]:
+        """The client's rows as (train, held out), both of the task's train split."""
+        task, rows = self.task_of(partition), self.rows(partition)
+        rule = self._tasks[task].partition or self.config.partition
+        fraction = min(rule.held_out, rule.held_out_max / len(rows))
+        rng = rng_for(self.config.seed, -1, partition, "held-out")
+        return split_held_out(rows, self.labels(task)[rows], fraction, rng)
+
+    def labels(self, task: str) -> np.ndarray:
+        """Labels of the task's train split: int64 class numbers or float64 values."""
+        return np.asarray(self.data(task).train.with_format("numpy")["label"])
+
     def shard(self, partition: int) -> Shard:
         """The client's tokenized rows."""
         if partition not in self._shards:
             task = self.task_of(partition)
-            data, rows = self.data(task).train, self.rows(partition)
-            labels = np.asarray(data.with_format("numpy")["label"])[rows]
-            rule = self._tasks[task].partition or self.config.partition
-            fraction = min(rule.held_out, rule.held_out_max / len(rows))
-            kept, held = split_held_out(
-                rows, labels, fraction, rng_for(self.config.seed, -1, partition, "held-out")
-            )
-            self._shards[partition] = Shard(task, self._tokenize(data, kept), self._tokenize(data, held))
+            parts = [self._tokenize(self.data(task).train, rows) for rows in self.split(partition)]
+            self._shards[partition] = Shard(task, *parts)
         return self._shards[partition]
 
     def central(self, task: str, split: str, rows: int | None = None) -> Tokenized:
@@ -209,6 +221,24 @@ class Workspace:
             pad_id=self.backbone.pad_id,
             stream=Stream(self.config.seed, round, partition),
         )
+
+    def gradient_mask(self, partition: int, count: int) -> Mask:
+        """The mask that the client would choose for itself: largest mean gradient over ``count`` batches.
+
+        As large as the run's own mask; see ``fedmask.masks.gradient``. Needs the client's rows and
+        a dense gradient, which the shared mask does not: it is here to be compared with.
+        """
+        shard = self.shard(partition)
+        if self.rule is None:
+            raise ConfigError(f"method {self.config.method!r} has no mask to compare with")
+        model = self._new_model(shard.task)  # not tuned: a tuned layer makes no dense gradient
+        rows = batches(
+            shard.train, self.config.train.batch_size, rng_for(self.config.seed, -1, partition, "mask")
+        )
+        losses = [
+            partial(batch_loss, model, shard.train, part, self.backbone.pad_id) for part in rows[:count]
+        ]
+        return gradient_mask(model, losses, self.rule)
 
     def evaluate(self, task: str, vector: np.ndarray, data: Tokenized) -> dict[str, float]:
         """Loss and metric of the model at ``vector`` on ``data``."""
