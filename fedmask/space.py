@@ -159,14 +159,14 @@ def _eligible_names(model: nn.Module, parameters: dict[str, nn.Parameter], eligi
 
 
 def _padding_rows(model: nn.Module, starts: dict[str, int]) -> tuple[tuple[int, int], ...]:
-    ranges = []
+    ranges = set()  # modules that share a weight exclude its row once
     names = {id(p): name for name, p in backbone_parameters(model).items()}
     for module in backbone_of(model).modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             name = names.get(id(module.weight))
             if name in starts:
                 start = starts[name] + module.padding_idx * module.embedding_dim
-                ranges.append((start, start + module.embedding_dim))
+                ranges.add((start, start + module.embedding_dim))
     return tuple(sorted(ranges))
 
 

@@ -85,12 +85,15 @@ def _checkpoint_file(model: nn.Module, name: str) -> Path | None:
     from transformers.utils import cached_file
 
     config: Any = getattr(model, "config", None)
-    found = cached_file(
-        source,
-        name,
-        revision=getattr(config, "_commit_hash", None),
-        local_files_only=True,  # the model was loaded from there, so the file is in the cache
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        found = cached_file(
+            source,
+            name,
+            revision=getattr(config, "_commit_hash", None),
+            local_files_only=True,  # the model was loaded from there, so the file is in the cache
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # no name that a hub could have, such as a folder that is gone
+        return None
     return Path(found) if found else None

@@ -10,8 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
-from fedmask.errors import CheckpointError, ConfigError
-from fedmask.space import Eligible, ParameterSpace
+from fedmask.errors import CheckpointError, ConfigError, unknown
+from fedmask.space import ELIGIBLE, Eligible, ParameterSpace
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,21 @@ class Rule:
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0:
             raise ConfigError(f"density: expected a share in (0, 1], found {self.density}")
+        if self.eligible not in ELIGIBLE:
+            raise ConfigError(unknown("eligible set", str(self.eligible), ELIGIBLE))
+        if self.seed < 0:
+            raise ConfigError(f"seed: expected a number at least 0, found {self.seed}")
 
 
-@dataclass(frozen=True)
+_KINDS = {"name": (str,), "density": (float, int), "eligible": (str,), "per_tensor": (bool,), "seed": (int,)}
+
+
+@dataclass(frozen=True, eq=False)
 class Mask:
     """Exactly k entries of a parameter space.
 
     ``indices``: int64 ``[k]``, sorted, unique, flat over ``space``. ``digest``: SHA-256 (hex) of
-    the space and the indices.
+    the space and the indices; masks with the same digest are equal.
     """
 
     indices: np.ndarray
@@ -55,6 +62,12 @@ class Mask:
         digest = hashlib.sha256(self.space.digest.encode())
         digest.update(self.indices.astype("<i8", copy=False).tobytes())
         return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     def per_tensor(self) -> dict[str, np.ndarray]:
         """Flat indices (int64, relative to the tensor) by tensor name; tensors without any are left out."""
@@ -89,6 +102,9 @@ class Recipe:
             if fields.pop("v") != 1:
                 raise ValueError("version")
             checkpoint, mask = _long(fields.pop("checkpoint")), _long(fields.pop("mask"))
+            for key, value in fields.items():
+                if type(value) not in _KINDS[key]:  # exactly: JSON's true is no number
+                    raise TypeError(f"{key}: {value!r}")
             return cls(Rule(**fields), checkpoint=checkpoint, mask=mask)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
