@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal
@@ -20,9 +21,9 @@ _KERNELS = ("auto", "dense", "sampled")
 # Costs of a token, in multiplications of the dense product (experiments/benchmarks/kernels.py measures them):
 # of a feature that is transposed and of an entry that is summed; and what the dense product pays for each
 # result that it writes, in tokens.
-FEATURE_COST = 32
-ENTRY_COST = 5
-RESULT_TOKENS = 16
+FEATURE_COST = 16
+ENTRY_COST = 4
+RESULT_TOKENS = 64
 BLOCK_TOKENS = 32
 
 
@@ -54,6 +55,13 @@ def choose_kernel(
     return "sampled" if sampled < dense else "dense"
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """A context in which products keep their arguments' precision; costs nothing where that is so already."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def dense_weight_gradient(grad_output: torch.Tensor, inputs: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """The plain reference: the whole product ``grad_output^T inputs``, of which the entries are kept.
 
@@ -62,7 +70,7 @@ def dense_weight_gradient(grad_output: torch.Tensor, inputs: torch.Tensor, patte
     the pattern's order.
     """
     wide = torch.float64 if torch.float64 in (grad_output.dtype, inputs.dtype) else torch.float32
-    with torch.autocast(grad_output.device.type, enabled=False):
+    with without_autocast(grad_output.device.type):
         product = grad_output.to(wide).t() @ inputs.to(wide)
         here = pattern.to(product.device)
         return product.view(-1)[here.rows.to(torch.int64) * pattern.shape[1] + here.cols]
@@ -85,8 +93,8 @@ def sampled_weight_gradient(
 
     Raises FedmaskError for shapes that do not fit, and for ``sampled`` where it cannot run.
     """
-    tokens = len(inputs)
-    if len(grad_output) != tokens or pattern.shape != (grad_output.shape[1], inputs.shape[1]):
+    tokens = inputs.shape[0]
+    if grad_output.shape[0] != tokens or pattern.shape != (grad_output.shape[1], inputs.shape[1]):
         found = f"{list(grad_output.shape)} and {list(inputs.shape)} for a weight of {pattern.shape}"
         raise FedmaskError(f"a weight gradient needs [T, outputs] and [T, inputs], found {found}")
     threads = torch.get_num_threads() if threads is None else threads

@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fedmask.kernels.gradient import Kernel, sampled_weight_gradient
+from fedmask.kernels.gradient import Kernel, sampled_weight_gradient, without_autocast
 from fedmask.kernels.pattern import Pattern, WeightLayout
 
 
@@ -57,7 +57,7 @@ class SampledLinear(torch.autograd.Function):
         grad_x = grad_bias = grad_values = None
         # Autocast has had its say in the forward pass: from here on the incoming gradient's precision
         # decides, as it does for torch's own linear layer, whatever surrounds the call of backward().
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with without_autocast(grad_output.device.type):
             grad = grad_output.reshape(-1, grad_output.shape[-1])
             if needs_x:
                 matrix = weight.to(grad.dtype)

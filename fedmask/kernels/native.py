@@ -35,6 +35,8 @@ _INDEX = ir.IntType(32)
 _LANE = ir.FloatType()
 _VECTOR = ir.VectorType(_LANE, LANES)
 _ROW_BYTES = 4 * BLOCK
+_JOB_SIZE = 20
+_Job = ctypes.c_int64 * _JOB_SIZE  # what the compiled code is told: numbers, bytes and addresses
 
 
 def _int(value: int) -> ir.Constant:
@@ -159,36 +161,24 @@ def _columns(
 _columns_compiled = numba.njit(nogil=True, error_model="numpy")(_columns)
 
 
-class _Job(ctypes.Structure):
-    """What the compiled code is told, as int64: numbers, bytes, addresses, in the order of reading."""
-
-    NAMES = (
-        *("next_part", "parts", "part_tokens", "tokens"),
-        *("grad", "grad_stride", "grad_half", "outputs"),
-        *("inputs", "input_stride", "input_half", "features"),
-        *("rows", "cols", "k"),
-        *("zeros", "scratch", "scratch_bytes", "sums", "sums_bytes"),
-    )
-    _fields_ = tuple((name, ctypes.c_int64) for name in NAMES)
-
-
 def _work(pointer: Any) -> None:
     """Sum parts of the tokens until none is left; any number of threads may do so at once.
 
     Which thread takes which part changes nothing: a part has its own scratch and its own sums.
     """
-    job = numba.carray(pointer, (20,), numba.int64)
+    job = numba.carray(pointer, (_JOB_SIZE,), numba.int64)
     parts, part_tokens, tokens = job[1], job[2], job[3]
     grad, grad_stride, grad_half, outputs = job[4], job[5], job[6], job[7]
     inputs, input_stride, input_half, features = job[8], job[9], job[10], job[11]
     rows, cols, k, zeros = job[12], job[13], job[14], job[15]
+    scratch, scratch_bytes, all_sums, sums_bytes = job[16], job[17], job[18], job[19]
     while True:
         part = _take_next(job.ctypes.data)
         if part >= parts:
             break
-        left = job[16] + part * job[17]
+        left = scratch + part * scratch_bytes
         right = left + outputs * _ROW_BYTES
-        sums = job[18] + part * job[19]
+        sums = all_sums + part * sums_bytes
         end = min(tokens, (part + 1) * part_tokens)
         for first in range(part * part_tokens, end, BLOCK):
             last = min(end, first + BLOCK)
@@ -234,14 +224,14 @@ class _Workspace(threading.local):
     """One thread's scratch. It grows to the widest layer's need and serves every layer after that."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0)
+        self.floats = torch.empty(0)
 
-    def floats(self, size: int) -> torch.Tensor:
-        """float32[size] of scratch that starts at a multiple of 64 bytes; holds what was last left in it."""
-        if len(self.memory) < size + LANES:
-            self.memory = torch.empty(size + LANES)
-        start = -self.memory.data_ptr() % 64 // 4
-        return self.memory[start : start + size]
+    def reserve(self, size: int) -> torch.Tensor:
+        """At least ``size`` floats from a multiple of 64 bytes on; they hold what was last left there."""
+        if self.floats.shape[0] < size:
+            memory = torch.empty(size + LANES)
+            self.floats = memory[-memory.data_ptr() % 64 // 4 :]
+        return self.floats
 
 
 _workspace = _Workspace()
@@ -269,33 +259,35 @@ def sampled_gradient(
     The tokens are cut into at most ``threads`` parts of whole blocks, which are summed apart and then added
     in order: the result depends on ``threads``, never on how many threads really ran.
     """
-    tokens, k = len(inputs), pattern.k
+    tokens, k = inputs.shape[0], pattern.k
     if not tokens or not k:
         return torch.zeros(k)
     grad_output, inputs = _readable(grad_output), _readable(inputs)
     blocks = -(-tokens // BLOCK)
     part_blocks = -(-blocks // threads)
     parts = -(-blocks // part_blocks)
-    wide, padded = grad_output.shape[1] + inputs.shape[1], -(-k // LANES) * LANES
-    memory = _workspace.floats(LANES + parts * (padded + wide * BLOCK))
-    zeroed = memory[: LANES + parts * padded].zero_()
-    sums = zeroed[LANES:].view(parts, padded)[:, :k]
+    # Scratch: a line of zeros, each part's sums, each part's columns; all start at multiples of 64 bytes.
+    padded, columns = -(-k // LANES) * LANES, (grad_output.shape[1] + inputs.shape[1]) * BLOCK
+    zeroed = LANES + parts * padded
+    floats = _workspace.reserve(zeroed + parts * columns)
+    base = floats.data_ptr()
+    ctypes.memset(base, 0, 4 * zeroed)
     job = _Job(
         *(0, parts, part_blocks * BLOCK, tokens),
         *_matrix(grad_output),
         *_matrix(inputs),
-        *(pattern.rows.data_ptr(), pattern.cols.data_ptr(), k),
-        *(zeroed.data_ptr(), memory[len(zeroed) :].data_ptr(), 4 * wide * BLOCK, sums.data_ptr(), 4 * padded),
+        *(pattern.rows.data_ptr(), pattern.cols.data_ptr(), k, base),
+        *(base + 4 * zeroed, 4 * columns, base + 4 * LANES, 4 * padded),
     )
-    team = _team()
-    if parts == 1 or team is None:
-        _call()(ctypes.addressof(job))
-    else:
+    team = _team() if parts > 1 else None
+    if team:
         # All of torch's threads, even where fewer have work: a smaller team would end the others' lives.
         team(_compiled().address, ctypes.addressof(job), threads, 0)
-    result = sums[0].clone()
-    for part in sums[1:]:
-        result += part
+    else:
+        _call()(ctypes.addressof(job))
+    result = floats[LANES : LANES + k].clone()
+    for start in range(LANES + padded, zeroed, padded):
+        result += floats[start : start + k]
     return result
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -38,8 +39,6 @@ class Pattern:
     rows: torch.Tensor
     cols: torch.Tensor
     shape: tuple[int, int]
-    by_rows: bool = field(init=False)
-    """Whether the order is (row, col), else (col, row)."""
 
     def __post_init__(self) -> None:
         for name, indices, size in (("rows", self.rows, self.shape[0]), ("cols", self.cols, self.shape[1])):
@@ -61,13 +60,12 @@ class Pattern:
         # Contiguous, because the kernels walk them as plain arrays; a no-op for what from_flat builds.
         object.__setattr__(self, "rows", self.rows.contiguous())
         object.__setattr__(self, "cols", self.cols.contiguous())
-        by_rows = _increasing(self.rows, self.cols, self.shape[1])
-        if not by_rows and not _increasing(self.cols, self.rows, self.shape[0]):
+        by_rows, by_cols = (self.rows, self.cols, self.shape[1]), (self.cols, self.rows, self.shape[0])
+        if not (_increasing(*by_rows) or _increasing(*by_cols)):
             raise FedmaskError(
                 "a pattern's entries must be strictly increasing, found a repeated or unsorted one; "
                 "sort the flat indices and drop repeats"
             )
-        object.__setattr__(self, "by_rows", by_rows)
 
     @classmethod
     def from_flat(
@@ -99,7 +97,7 @@ class Pattern:
     @property
     def k(self) -> int:
         """The number of trained entries."""
-        return len(self.rows)
+        return self.rows.shape[0]
 
     @property
     def transposed(self) -> Pattern:
@@ -108,8 +106,12 @@ class Pattern:
 
     def to(self, device: torch.device | str) -> Pattern:
         """The same pattern on another device (itself where nothing moves)."""
-        rows, cols = self.rows.to(device), self.cols.to(device)
-        return self if rows is self.rows else Pattern(rows, cols, self.shape)
+        if self.rows.device == torch.device(device):
+            return self
+        moved = copy.copy(self)  # not made anew: checked once is enough, and on a GPU checking means waiting
+        object.__setattr__(moved, "rows", self.rows.to(device))
+        object.__setattr__(moved, "cols", self.cols.to(device))
+        return moved
 
     def __deepcopy__(self, memo: dict[int, object]) -> Pattern:
         # Never written after it is made, so copies of a model share it.
