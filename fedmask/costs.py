@@ -85,7 +85,10 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Cost:
-    """Payload bytes of a whole run in one way. Index and head bytes are part of the up and down bytes."""
+    """Payload bytes of a whole run in one way. Index and head bytes are part of the up and down bytes.
+
+    ``not_charged``: what the bytes do not show; ``assumes``: where a size was not measured, what stands for it.
+    """
 
     way: str
     up_bytes: int = 0
@@ -96,6 +99,7 @@ class Cost:
     head_down_bytes: int = 0
     client_rounds: int = 0
     not_charged: str = ""
+    assumes: str = ""
 
     @property
     def total_bytes(self) -> int:
@@ -214,10 +218,10 @@ class _Sum:
         self._sums[f"index_{direction}"] += index
         self._sums[f"head_{direction}"] += head_bytes
 
-    def cost(self, way: str, not_charged: str) -> Cost:
+    def cost(self, way: str, not_charged: str, assumes: str = "") -> Cost:
         sums = {f"{name}_bytes": value for name, value in self._sums.items()}
         rounds = sum(len(sampled) for sampled in self._facts.schedule)
-        return Cost(way, **sums, client_rounds=rounds, not_charged=not_charged)
+        return Cost(way, **sums, client_rounds=rounds, not_charged=not_charged, assumes=assumes)
 
 
 def _dense(way: str, facts: RunFacts, values: int, not_charged: str) -> Cost:
@@ -272,4 +276,7 @@ def _client_masks(facts: RunFacts) -> Cost:
             total.message("up", facts.k + facts.beside, client, own * (client not in seen))
         seen.update(sampled)
     hidden = "passes over local data to score the weights, the scores' memory, merging unequal masks"
-    return total.cost("client-masks", hidden)
+    assumes = (
+        "masks independent of each other, so the largest union" if facts.unions is None else "measured unions"
+    )
+    return total.cost("client-masks", hidden, assumes)

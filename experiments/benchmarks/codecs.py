@@ -27,7 +27,19 @@ from fedmask.layout import Layout, Segment
 DENSITIES = (1e-4, 3e-4, 1e-3, 3e-3, 5e-3, 1e-2, 3e-2, 1e-1)
 SIZES = (10_616_832, 301_989_888)  # the linear weights of 6 layers x 384 and of 24 layers x 1024
 MOST = 4_000_000  # indices in one mask
-VALUE_CODECS = ("fp32", "fp16")
+VALUE_CODECS = (
+    "fp32",
+    "fp16",
+    "bf16",
+    "int8",
+    "int4",
+    "int2",
+    "int8+ef",
+    "int4+ef",
+    "sign",
+    "topk:0.1",
+    "topk:0.1/int8",
+)
 DIGEST = "00" * 32
 
 
@@ -58,7 +70,7 @@ def measure_indices(size: int, density: float, repeats: int) -> dict[str, Any]:
 
 
 def measure_values(codec: str, repeats: int, count: int = 50_000, copies: int = 40) -> dict[str, Any]:
-    """Normal values: bytes an entry and envelope overhead at ``count`` entries, MB of fp32 a second at more."""
+    """Normal values: bytes an entry and overhead at ``count`` entries, MB of fp32 a second at more."""
 
     def encode(vector: np.ndarray, layout: Layout) -> bytes:
         draws = np.random.default_rng(3)

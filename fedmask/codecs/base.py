@@ -25,6 +25,8 @@ class Codec(Protocol):
 
     name: str
     """The name in the envelope."""
+    biased: bool
+    """Whether what it loses must be carried on: such a codec always works with error feedback."""
     keeps_state: bool
     """Whether ``encode`` returns a state that the next call needs (error feedback)."""
 

@@ -1,9 +1,8 @@
 """Small vectorized tools: varints, a reader that never reads past the end, fixed-width integers.
 
 Fixed-width packing splits a width into powers of two (11 bits = 8 + 2 + 1) and stores one plane for each.
-A plane of 8, 16 or 32 bits is a plain little-endian array; of 4, 2 or 1 bits it holds the first part of the
-values in the lowest bits of its bytes, the next part in the bits above, and so on. So every step is one
-whole-array operation, whatever the width.
+A plane of 8, 16 or 32 bits is a plain little-endian array; one of 4, 2 or 1 bits fills each byte from its
+lowest bits. So every step is one whole-array operation, whatever the width.
 """
 
 from __future__ import annotations
@@ -113,22 +112,27 @@ def _unpack_piece(data: bytes | memoryview, count: int, piece: int) -> NDArray[n
 
 def pack_small(values: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
     """uint8[n] below 2^width -> uint8[ceil(n * width / 8)], for widths 1, 2 and 4."""
+    if width == 1:
+        return np.packbits(values, bitorder="little")
     parts = 8 // width
-    columns = -(-values.size // parts)
-    if values.size != parts * columns:
-        values = np.concatenate([values, np.zeros(parts * columns - values.size, np.uint8)])
-    rows = values.reshape(parts, columns)
-    out: NDArray[np.uint8] = rows[0].copy()
+    if values.size % parts:
+        values = np.concatenate([values, np.zeros(-values.size % parts, np.uint8)])
+    # Several bytes at a time, as one integer: shifting moves each of them next to the one before.
+    wide = values.view(f"<u{parts}")
+    out = wide.copy()
     for part in range(1, parts):
-        out |= rows[part] << (part * width)
-    return out
+        out |= wide >> (part * (8 - width))
+    return out.astype(np.uint8)
 
 
 def unpack_small(data: NDArray[np.uint8], count: int, width: int) -> NDArray[np.uint8]:
     """The inverse of ``pack_small``: uint8[count]. ``data`` has exactly ceil(count * width / 8) bytes."""
+    if width == 1:
+        return np.unpackbits(data, count=count, bitorder="little")
     parts = 8 // width
-    rows = np.empty((parts, data.size), np.uint8)
-    for part in range(parts):
-        np.right_shift(data, part * width, out=rows[part])
-    rows &= (1 << width) - 1
-    return rows.reshape(-1)[:count]
+    wide = data.astype(f"<u{parts}")
+    out = wide.copy()
+    for part in range(1, parts):
+        out |= wide << (part * (8 - width))
+    out &= int.from_bytes([(1 << width) - 1] * parts, "little")
+    return out.view(np.uint8)[:count]

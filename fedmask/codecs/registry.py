@@ -1,23 +1,51 @@
-"""The value codecs by name. A new one is a file with the contract of ``Codec`` and a line here."""
+"""The value codecs by name. A new one is a file with the contract of ``Codec`` and a line here.
+
+A spec is ``name``, ``name:option``, and ``+ef`` behind either for error feedback: ``fp16``, ``int4+ef``,
+``int8:64``, ``topk:0.05/int8``. ``sign`` and ``topk`` always have it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from fedmask.codecs.base import Codec
 from fedmask.codecs.errors import UnknownCodec
-from fedmask.codecs.plain import Fp16, Fp32
+from fedmask.codecs.feedback import Feedback
+from fedmask.codecs.plain import Bf16, Fp16, Fp32
+from fedmask.codecs.quantized import Quantized
+from fedmask.codecs.sign import Sign
+from fedmask.codecs.topk import TopK
 from fedmask.errors import unknown
 
 CODECS: dict[str, Callable[[str], Codec]] = {
     "fp32": Fp32,
     "fp16": Fp16,
+    "bf16": Bf16,
+    "int8": partial(Quantized, 8),
+    "int4": partial(Quantized, 4),
+    "int2": partial(Quantized, 2),
+    "sign": Sign,
+    "topk": partial(TopK, lambda: CODECS),
 }
 
 
 def codec_for(spec: str) -> Codec:
-    """The codec that ``spec`` names: ``fp16``, or with an option after a colon. Raises ``UnknownCodec``."""
-    name, _, option = spec.partition(":")
+    """The codec that ``spec`` names, with what a sender needs. Raises ``UnknownCodec``."""
+    body, plus, suffix = spec.partition("+")
+    if plus and suffix != "ef":
+        raise UnknownCodec(f"codec {spec!r}: expected nothing or 'ef' after '+', found {suffix!r}")
+    name, _, option = body.partition(":")
+    codec = _named(name)(option)
+    return Feedback(codec) if plus or codec.biased else codec
+
+
+def decoder_for(name: str) -> Codec:
+    """The codec of that name in an envelope; only its ``decode`` is of use. Raises ``UnknownCodec``."""
+    return _named(name)("")
+
+
+def _named(name: str) -> Callable[[str], Codec]:
     if name not in CODECS:
         raise UnknownCodec(unknown("codec", name, CODECS))
-    return CODECS[name](option)
+    return CODECS[name]

@@ -12,6 +12,10 @@ from hypothesis.extra import numpy as hnp
 
 from fedmask.codecs import (
     BadChecksum,
+    Codec,
+    State,
+    codec_for,
+    encode_update,
     index_entropy_bytes,
     pack_indices,
     pack_update,
@@ -21,9 +25,10 @@ from fedmask.codecs import (
 )
 from fedmask.errors import EnvelopeError
 from fedmask.layout import Layout, Segment
+from fedmask.rng import rng_for
 
 DIGEST = "5f" * 32
-CODECS = ("fp32", "fp16")
+CODECS = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "sign", "topk:0.2", "topk:0.1/int8")
 STEADY = settings(deadline=None, derandomize=True, max_examples=200)
 
 changes = st.floats(-1e4, 1e4, width=32, allow_nan=False)
@@ -56,6 +61,19 @@ def test_fp16_rounds_by_at_most_half_a_step(vector: np.ndarray) -> None:
     assert payload_bytes(packed) == 2 * vector.size
     again = pack_update(back, layout, codec="fp16", digest=DIGEST, round=0)
     assert again == packed  # what was rounded once stays
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@given(hnp.arrays(np.float32, st.integers(0, 600), elements=changes), st.booleans())
+@STEADY
+def test_what_the_sender_packs_the_receiver_accepts(codec: str, vector: np.ndarray, stochastic: bool) -> None:
+    layout = layout_of([vector.size])
+    generator = np.random.default_rng(1) if stochastic else None
+    packed, state = encode_update(vector, layout, codec=codec, digest=DIGEST, round=0, generator=generator)
+    back = unpack_update(packed, layout=layout, digest=DIGEST, round=0)
+    assert back.shape == vector.shape and back.dtype == np.float32
+    if state is not None:
+        np.testing.assert_array_equal(state, vector - back)
 
 
 @st.composite
@@ -126,11 +144,11 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
 def test_fuzzed_envelopes_are_refused_by_type_in_bounded_memory(codec: str) -> None:
     rng = np.random.default_rng(11)
     vector = rng.normal(0, 0.01, LAYOUT.size).astype(np.float32)
-    good = pack_update(vector, LAYOUT, codec=codec, digest=DIGEST, round=3)
+    good, _ = encode_update(vector, LAYOUT, codec=codec, digest=DIGEST, round=3)
     seen: dict[str, int] = {}
     tracemalloc.start()
     try:
-        for _ in range(10_000):
+        for _ in range(3_000):
             bad = mutated(good, rng)
             if bad == good:
                 continue
@@ -143,7 +161,7 @@ def test_fuzzed_envelopes_are_refused_by_type_in_bounded_memory(codec: str) -> N
             seen[type(caught.value).__name__] = seen.get(type(caught.value).__name__, 0) + 1
     finally:
         tracemalloc.stop()
-    assert sum(seen.values()) >= 9_900
+    assert sum(seen.values()) >= 2_900
     assert {"BadChecksum", "Truncated", "NotAnEnvelope", "UnknownVersion", "WrongLength"} <= set(seen)
 
 
@@ -151,11 +169,11 @@ def test_fuzzed_envelopes_are_refused_by_type_in_bounded_memory(codec: str) -> N
 def test_damage_under_a_valid_checksum_is_refused_or_gives_sane_values(codec: str) -> None:
     rng = np.random.default_rng(12)
     vector = rng.normal(0, 0.01, LAYOUT.size).astype(np.float32)
-    good = pack_update(vector, LAYOUT, codec=codec, digest=DIGEST, round=3)
+    good, _ = encode_update(vector, LAYOUT, codec=codec, digest=DIGEST, round=3)
     refused = 0
     tracemalloc.start()
     try:
-        for _ in range(5_000):
+        for _ in range(2_000):
             bad = mutated(good, rng)
             if len(bad) > 9:
                 bad = sealed(bad)
@@ -172,7 +190,7 @@ def test_damage_under_a_valid_checksum_is_refused_or_gives_sane_values(codec: st
             assert tracemalloc.get_traced_memory()[1] - before < MEMORY
     finally:
         tracemalloc.stop()
-    assert refused > 2_500
+    assert refused > 1_000
 
 
 @given(st.binary(max_size=400))
@@ -207,3 +225,66 @@ def check_indices(data: bytes, size: int) -> None:
         return
     assert indices.dtype == np.int64 and np.all(np.diff(indices) > 0)
     assert indices.size == 0 or (indices[0] >= 0 and indices[-1] < size)
+
+
+# Every codec reaches the limit of fp32 ------------------------------------------------------------------
+
+CLIENTS, SIZE = 4, 96
+SHORT, LONG = 375, 1500  # rounds
+
+
+def distance_after_descent(codec: Codec, rounds: int, *, memory: bool = True) -> float:
+    """Federated gradient steps on least squares that differ by client; ||x - optimum|| / ||optimum||.
+
+    Each client sends its own change through the codec, with its residual if it has one; the server adds
+    the mean. The step falls as 1 / round at the end, so noise without bias averages out and bias stays.
+    """
+    rng = np.random.default_rng(21)
+    matrices = [rng.normal(0, 1, (2 * SIZE, SIZE)) / np.sqrt(2 * SIZE) for _ in range(CLIENTS)]
+    targets = [matrix @ rng.normal(0, 1, SIZE) + rng.normal(0, 0.3, 2 * SIZE) for matrix in matrices]
+    optimum = np.linalg.lstsq(np.concatenate(matrices), np.concatenate(targets), rcond=None)[0]
+    states: list[State] = [None] * CLIENTS
+    x = np.zeros(SIZE)
+    for round in range(rounds):
+        step = 0.5 / (1 + round / 30)
+        changes = []
+        for client, (matrix, target) in enumerate(zip(matrices, targets, strict=True)):
+            change = (-step * matrix.T @ (matrix @ x - target)).astype(np.float32)
+            generator = rng_for(5, round, client, "codec") if memory else None
+            data, states[client] = codec.encode(change, states[client] if memory else None, generator)
+            changes.append(codec.decode(memoryview(data), SIZE))
+        x = x + np.mean(changes, axis=0)
+    return float(np.linalg.norm(x - optimum) / np.linalg.norm(optimum))
+
+
+def test_descent_in_fp32_is_at_the_optimum() -> None:
+    assert distance_after_descent(codec_for("fp32"), LONG) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "fp16",
+        "bf16",
+        "int8",
+        "int4",
+        "int2",
+        "int8+ef",
+        "int4+ef",
+        "int2+ef",
+        "sign",
+        "topk:0.1",
+        "topk:0.1/int4",
+    ],
+)
+def test_descent_through_a_codec_has_the_limit_of_fp32(spec: str) -> None:
+    late = distance_after_descent(codec_for(spec), LONG)
+    assert late < 0.05
+    assert late < max(1e-4, 0.65 * distance_after_descent(codec_for(spec), SHORT))  # and still falling
+
+
+@pytest.mark.parametrize("spec", ["int4", "int2", "sign", "topk:0.1"])
+def test_the_same_codecs_to_nearest_and_without_memory_stop_elsewhere(spec: str) -> None:
+    late = distance_after_descent(codec_for(spec), LONG, memory=False)
+    assert late > 0.09
+    assert late > 0.9 * distance_after_descent(codec_for(spec), SHORT, memory=False)

@@ -18,6 +18,7 @@ from fedmask.codecs import (
     WrongDigest,
     WrongLayout,
     WrongLength,
+    encode_update,
     pack_update,
     payload_bytes,
     read_header,
@@ -130,7 +131,7 @@ def test_a_payload_of_another_length() -> None:
         (b"\x00\x00\x80\x7f", NotFinite),
         (b"\x00\x00\x80\xff", NotFinite),
         (struct.pack("<f", 3e38), AbsurdScale),
-        (struct.pack("<f", -10001), AbsurdScale),
+        (struct.pack("<f", -10101), AbsurdScale),
     ],
 )
 def test_values_that_no_training_makes(raw: bytes, error: type[Exception]) -> None:
@@ -149,6 +150,16 @@ def test_the_limit_on_scale_is_an_option() -> None:
     data = pack_update(vector, LAYOUT, codec="fp32", digest=DIGEST, round=0, max_abs=1e6)
     back = unpack_update(data, layout=LAYOUT, digest=DIGEST, round=0, max_abs=1e6)
     np.testing.assert_array_equal(back, vector)
+
+
+def test_a_codec_that_needs_memory_is_not_packed_without() -> None:
+    with pytest.raises(Malformed, match="encode_update"):
+        packed("sign")
+    data, state = encode_update(VECTOR, LAYOUT, codec="int4+ef", digest=DIGEST, round=5)
+    assert state is not None and read_header(data).codec == "int4"
+    np.testing.assert_array_equal(state, VECTOR - opened(data))
+    later, _ = encode_update(VECTOR, LAYOUT, codec="int4+ef", digest=DIGEST, round=6, state=state)
+    np.testing.assert_allclose(opened(data) + opened(later, round=6), 2 * VECTOR, atol=1.5)
 
 
 def test_fp16_refuses_what_it_cannot_carry() -> None:
