@@ -87,7 +87,7 @@ class RunFacts:
 class Cost:
     """Payload bytes of a whole run in one way. Index and head bytes are part of the up and down bytes.
 
-    ``not_charged``: what the bytes do not show; ``assumes``: where a size was not measured, what stands for it.
+    ``not_charged``: what the bytes do not show; ``assumes``: what stands in for a size not measured.
     """
 
     way: str
