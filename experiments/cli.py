@@ -70,6 +70,9 @@ def run(
     ] = None,
     values: Annotated[str | None, typer.Option(help="fp32 or fp16: how values travel.")] = None,
     mask_transport: Annotated[str | None, typer.Option(help="recipe (under 256 bytes) or packed.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or auto (measured before round 1): the frozen backbone's.")
+    ] = None,
     eval_rows: Annotated[
         int | None, typer.Option(help="At most so many dev rows per task and round.")
     ] = None,

@@ -27,6 +27,7 @@ KEYS = {
     "per_tensor": "per_tensor",
     "mask_transport": "mask_transport",
     "values": "values",
+    "precision": "precision",
     "rounds": "rounds",
     "threads": "threads",
     "workers": "workers",

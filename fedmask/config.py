@@ -140,6 +140,7 @@ class RunConfig(_Settings):
     per_tensor: bool = False
     mask_transport: Literal["recipe", "packed"] = "recipe"
     values: Literal["fp32", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
     rounds: Whole = Field(default=8, ge=1)
     threads: Whole = Field(default=1, ge=1)
     workers: Whole | None = Field(default=None, ge=1)

@@ -11,13 +11,16 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
+from fedmask.attention import use_plain_attention
 from fedmask.bundled import bundled_model_path
+from fedmask.dropout import Dropout
 from fedmask.errors import ConfigError
+from fedmask.precision import Precision, cast
 from fedmask.rng import rng_for, seed_for
 from fedmask.space import backbone_of, backbone_parameters
 
@@ -38,6 +41,10 @@ class Backbone:
     def pad_id(self) -> int:
         """The token that fills up a batch."""
         return int(self.tokenizer.pad_token_id)
+
+    def copy_in(self, precision: Precision) -> Backbone:
+        """A copy rounded to ``precision`` (see ``fedmask.precision``). For a backbone in float32."""
+        return Backbone(cast(copy.deepcopy(self.model), precision), self.tokenizer, self.source)
 
 
 def load_backbone(name: str) -> Backbone:
@@ -102,6 +109,7 @@ class MeanHead(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **more: torch.Tensor
     ) -> torch.Tensor:
         states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **more).last_hidden_state
+        states = states.to(self.head.weight.dtype)  # heads are float32 in every precision
         weight = attention_mask[:, :, None].to(states.dtype)
         mean = (states * weight).sum(1) / weight.sum(1).clamp(min=1)
         logits: torch.Tensor = self.head(self.dropout(mean))
@@ -136,9 +144,7 @@ def task_model(
     layer. The head's start is the same on every machine.
     """
     if head == "hf":
-        own = _own_head(backbone, task, outputs, seed)
-        set_dropout(own, dropout)
-        return own
+        return _for_training(_own_head(backbone, task, outputs, seed), dropout)
     if getattr(backbone.model.config, "is_encoder_decoder", False):
         raise ConfigError(
             f"model {backbone.source}: an encoder-decoder has no single last state; use --head hf"
@@ -150,15 +156,24 @@ def task_model(
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(numbers * _INIT_DEVIATION))
         model.head.bias.zero_()
+    return _for_training(model, dropout)
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _for_training(model: M, dropout: float) -> M:
+    use_plain_attention(backbone_of(model))
     set_dropout(model, dropout)
     return model
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Give every dropout of ``model`` the same probability, the one inside attention included."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = probability
+    """Give every dropout of ``model`` the same probability and our random numbers, inside attention too."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, nn.Dropout | Dropout):
+                module._modules[name] = Dropout(probability)
         for name in ("attention_dropout", "dropout"):  # plain numbers, as several architectures keep them
             if isinstance(module.__dict__.get(name), float):
                 setattr(module, name, probability)

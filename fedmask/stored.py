@@ -7,7 +7,8 @@ bfloat16. So values are read from the checkpoint's file where the loaded ones ha
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 TensorReader = Callable[[str], torch.Tensor]
 _LOSSY = (torch.float16, torch.bfloat16)
+_KEPT = "stored_values"
 _OLD_NAMES = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 
 
@@ -26,13 +28,18 @@ def stored_reader(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> T
     read from the model's safetensors files, and used if it still equals the loaded one after the
     same rounding (else the model has been trained since, and the given tensor counts).
     """
-    files = _tensor_files(model) if any(p.dtype in _LOSSY for p in parameters.values()) else {}
-    prefix = str(getattr(model, "base_model_prefix", "") or "")
+    base = getattr(model, "base_model", None)  # a model with a head of ours has no file of its own
+    owner = base if isinstance(base, nn.Module) else model
+    files = _tensor_files(owner) if any(p.dtype in _LOSSY for p in parameters.values()) else {}
+    prefix = str(getattr(owner, "base_model_prefix", "") or "")
 
     def read(name: str) -> torch.Tensor:
         given = parameters[name].detach()
         if given.dtype not in _LOSSY:
             return given
+        kept: torch.Tensor | None = getattr(parameters[name], _KEPT, None)
+        if kept is not None:
+            return kept
         for key in _stored_names(name, prefix):
             if key in files:
                 stored = _read(files[key], key)
@@ -41,6 +48,22 @@ def stored_reader(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> T
         return given
 
     return read
+
+
+@contextmanager
+def keep_stored(model: nn.Module) -> Iterator[None]:
+    """Round ``model``'s parameters inside, and ``stored_reader`` still gives the values that they had.
+
+    Values that the checkpoint's file holds are read from there again; the others are kept in memory.
+    """
+    parameters = dict(model.named_parameters())
+    before = {name: parameter.data for name, parameter in parameters.items()}
+    yield
+    read = stored_reader(model, parameters)
+    for name, parameter in parameters.items():
+        values = before.pop(name)
+        if parameter.dtype in _LOSSY and not torch.equal(read(name).to(values.dtype), values):
+            setattr(parameter, _KEPT, values)
 
 
 def _stored_names(name: str, prefix: str) -> list[str]:

@@ -41,9 +41,17 @@ class PatchedForward:
             )
         try:
             module._parameters.update(seen)  # type: ignore[arg-type]
-            return type(module).forward(module, *args, **kwargs)
+            return type(module).forward(module, *self._readable(args), **kwargs)
         finally:
             module._parameters.update(own)
+
+    def _readable(self, args: tuple[Any, ...]) -> list[Any]:
+        """The arguments; a float32 layer (a head) on a bfloat16 backbone gets them widened."""
+        widen = any(p is not None and p.dtype == torch.float32 for p in self.module._parameters.values())
+        return [
+            x.float() if widen and isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x
+            for x in args
+        ]
 
     def _sampled(self) -> MaskedEntries | None:
         """The masked entries, if they alone drive a linear layer's weight."""

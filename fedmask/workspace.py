@@ -6,6 +6,7 @@ its random stream; the backbone is loaded once a process.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
@@ -13,11 +14,12 @@ import numpy as np
 
 from fedmask import config as configuration
 from fedmask.config import RunConfig
-from fedmask.errors import ConfigError
+from fedmask.errors import ConfigError, unknown
 from fedmask.layout import HEAD_PREFIX, Layout
 from fedmask.masks import Mask, Recipe, Rule, derive_mask, gradient_mask, mask_from_indices
 from fedmask.methods import METHODS, backbone_trainables
 from fedmask.models import Backbone, MeanHead, OwnHead, head_parameters, load_backbone, task_model
+from fedmask.precision import PRECISIONS, Precision, cast
 from fedmask.rng import rng_for
 from fedmask.space import ParameterSpace, backbone_parameters, checkpoint_digest, parameter_space
 from fedmask.tasks import (
@@ -57,13 +59,51 @@ class Workspace:
         self._central: dict[tuple[str, str, int | None], Tokenized] = {}
         self._models: dict[str, MeanHead | OwnHead] = {}
         self._given: Mask | None = None
+        self._precision: Precision | None = None if config.precision == "auto" else config.precision
 
     # The model ---------------------------------------------------------------------------------
 
     @cached_property
     def backbone(self) -> Backbone:
-        """The pre-trained model, pristine between uses."""
-        return load_backbone(self.config.model)
+        """The pre-trained model in the run's precision (float32 until it is chosen), pristine between uses."""
+        backbone = load_backbone(self.config.model)
+        cast(backbone.model, self._precision or "fp32")
+        return backbone
+
+    @property
+    def precision(self) -> Precision:
+        """The precision in use. ConfigError while the config says ``auto`` and nobody has chosen."""
+        if self._precision is None:
+            raise ConfigError(
+                "precision 'auto' is not settled yet; call fedmask.settle.settle_precision, or state one"
+            )
+        return self._precision
+
+    def use_precision(self, precision: Precision) -> None:
+        """Compute in ``precision`` from now on, whatever the config says."""
+        if precision not in PRECISIONS:
+            raise ConfigError(unknown("precision", precision, PRECISIONS))
+        if precision == self._precision:
+            return
+        self._forget_models()
+        if precision == "bf16" and "backbone" in self.__dict__:
+            cast(self.backbone.model, precision)
+        elif self._precision is not None:  # what was rounded is read again
+            self.__dict__.pop("backbone", None)
+        self._precision = precision
+
+    def trial(self, precision: Precision) -> Workspace:
+        """A workspace to measure with: same data and mask, models of its own. For one in float32."""
+        other = copy.copy(self)
+        other._models, other._precision = {}, precision
+        if precision != "fp32":
+            other.__dict__["backbone"] = self.backbone.copy_in(precision)
+        return other
+
+    def _forget_models(self) -> None:
+        for model in self._models.values():
+            detach(model)
+        self._models.clear()
 
     @cached_property
     def backbone_size(self) -> int:
@@ -118,9 +158,7 @@ class Workspace:
         given = mask_from_indices(indices, self.space, self.rule)
         if self.mask is not None and given.digest == self.mask.digest:
             return
-        for model in self._models.values():
-            detach(model)
-        self._models.clear()
+        self._forget_models()
         self._given = given
 
     def model(self, task: str) -> MeanHead | OwnHead:
@@ -134,6 +172,7 @@ class Workspace:
         return self._models[task]
 
     def _new_model(self, task: str) -> MeanHead | OwnHead:
+        _ = self.precision  # an error before anything is built
         data, config = self.data(task), self.config
         outputs = len(data.labels) if data.kind == "classification" else 1
         return task_model(

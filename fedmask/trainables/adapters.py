@@ -125,7 +125,7 @@ class BiasAdapters(Trainable):
 
     def effective(self, slot: int, tensor: torch.Tensor) -> torch.Tensor:
         i = self._order[self.slots[slot].name]
-        return (tensor.float() + (self._start[i] + self._folded(i))).to(tensor.dtype)
+        return (self._reference[i] + (self._start[i] + self._folded(i))).to(tensor.dtype)
 
 
 class WeightAdapters(Trainable):

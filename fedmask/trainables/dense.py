@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import torch
 
+from fedmask.stored import stored_reader
 from fedmask.trainables.base import Chunks, Draw, Trainable, slots_of
 
 
 class DenseTensors(Trainable):
     """Trains the change of all entries of the named parameters of ``module``, in the given order.
 
-    ``values`` float32 ``[sum of sizes]``: the change, tensor by tensor, row-major.
+    ``values`` float32 ``[sum of sizes]``: the change from the stored values, tensor by tensor, row-major.
     """
 
     def __init__(self, segment: str, module: torch.nn.Module, names: list[str]) -> None:
-        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        parameters = dict(module.named_parameters())
+        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         sizes = [int(torch.Size(shapes[name]).numel()) for name in names]
         super().__init__(segment, slots_of(module, names), size=sum(sizes), local_size=sum(sizes))
         self.names = names
+        read = stored_reader(module, parameters)
+        self._reference = [read(name) for name in names]  # the tensors themselves where they are float32
         self._order = {name: i for i, name in enumerate(names)}
         self._shapes = shapes
         self._chunks = Chunks(sizes)
@@ -31,5 +35,6 @@ class DenseTensors(Trainable):
 
     def effective(self, slot: int, tensor: torch.Tensor) -> torch.Tensor:
         name = self.slots[slot].name
-        change = self._chunks.get(self.values)[self._order[name]].view(self._shapes[name])
-        return (tensor.float() + change).to(tensor.dtype)
+        at = self._order[name]
+        change = self._chunks.get(self.values)[at].view(self._shapes[name])
+        return (self._reference[at].float() + change).to(tensor.dtype)
