@@ -112,6 +112,7 @@ def run_server(
     while True:
         folder.append_round(row, ledger)
         observer.on_round_end(row)
+        log.info("%s", _line(row, config.rounds))
         if state.round:
             steps += row["steps"]
             schedule.append(row["sampled"])
@@ -134,6 +135,15 @@ def run_server(
     folder.finish(summary, ledger)
     observer.on_end(summary)
     return RunResult(folder.path, summary, state)
+
+
+def _line(row: dict[str, Any], rounds: int) -> str:
+    """A round in one line, for those who only see the log."""
+    scores = [
+        f"{task} {key} {value:.3f}" for task, found in row["dev"].items() for key, value in found.items()
+    ]
+    used = f"{len(row['replied'])} of {len(row['sampled'])} replies" if row["round"] else "before training"
+    return f"fedmask: round {row['round']} of {rounds}, {used}; {', '.join(scores) or 'no dev rows'}"
 
 
 def _totals(ledger: Ledger) -> dict[str, Any]:

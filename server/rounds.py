@@ -224,9 +224,9 @@ class Federation:
             "steps": 0,
             "bytes": {
                 "up": sum(answer.up[0] for answer in answers),
-                "down": sum(answer.down[0] for answer in answers),
+                "down": sum(answer.down[0] for answer in answers if answer.down),
                 "up_message": sum(answer.up[1] for answer in answers),
-                "down_message": sum(answer.down[1] for answer in answers),
+                "down_message": sum(answer.down[1] for answer in answers if answer.down),
             },
             "note": "",
         }
