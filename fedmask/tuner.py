@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedmask.errors import ConfigError
+from fedmask.errors import CheckpointError, ConfigError
 from fedmask.kernels import SampledLinear
 from fedmask.layout import Layout, Segment
 from fedmask.space import is_conv1d
@@ -30,9 +30,10 @@ class PatchedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         own = {key: module._parameters[key] for key in self.drivers}
-        sampled = self._sampled()
-        seen = {key: self._effective(key) for key in self.drivers if not (sampled and key == "weight")}
-        if sampled is not None and len(args) == 1 and not kwargs:
+        sampled = self._sampled() if len(args) == 1 and not kwargs else None
+        dense = [key for key in self.drivers if sampled is None or key != "weight"]
+        seen = {key: self._effective(key) for key in dense}
+        if sampled is not None:
             values, pattern = sampled.pattern(self.drivers["weight"][0][1])
             bias = seen.get("bias", module._parameters.get("bias"))
             layout = "conv1d" if is_conv1d(module) else "linear"
@@ -68,7 +69,7 @@ class Tuning(nn.Module):
         super().__init__()
         self.frozen_before: dict[str, bool] = {}
         for trainable in trainables:
-            self.add_module(trainable.segment.replace("/", "_"), trainable)
+            self.add_module(trainable.segment.replace("/", "_").replace(".", "_"), trainable)
 
     @property
     def trainables(self) -> list[Trainable]:
@@ -81,8 +82,13 @@ class Tuning(nn.Module):
         return Layout(tuple(Segment(t.segment, t.size) for t in self.trainables))
 
     def begin(self, vector: torch.Tensor, draw: Draw) -> None:
-        """Start all trainables from ``vector`` (float32 ``[layout.size]``: changes from the reference)."""
-        slices = self.layout.slices()
+        """Start all trainables from ``vector`` (float32 ``[layout.size]``: changes from the reference).
+
+        Raises CheckpointError for a vector of another length.
+        """
+        slices, size = self.layout.slices(), self.layout.size
+        if vector.shape != (size,):
+            raise CheckpointError(f"vector: expected {size} values, found {list(vector.shape)}")
         for trainable in self.trainables:
             trainable.begin(vector[slices[trainable.segment]], draw)
 
@@ -100,6 +106,9 @@ def attach(model: nn.Module, trainables: list[Trainable]) -> Tuning:
     """Freeze ``model`` and let ``trainables`` drive it. ConfigError if something is attached already."""
     if "fedmask" in model._modules:
         raise ConfigError("this model is being tuned already; call fedmask.merge(model) first")
+    segments = [trainable.segment for trainable in trainables]
+    if len(set(segments)) < len(segments):
+        raise ConfigError(f"two trainables fill one segment, found {', '.join(segments)}: choose one of them")
     _refuse_fused(model, trainables)
     tuning = Tuning(trainables)
     tuning.frozen_before = {name: p.requires_grad for name, p in model.named_parameters()}

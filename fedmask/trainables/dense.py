@@ -32,4 +32,4 @@ class DenseTensors(Trainable):
     def effective(self, slot: int, tensor: torch.Tensor) -> torch.Tensor:
         name = self.slots[slot].name
         change = self._chunks.get(self.values)[self._order[name]].view(self._shapes[name])
-        return (tensor.float() + change).to(tensor.dtype)
+        return (tensor + change).to(tensor.dtype)
