@@ -65,9 +65,9 @@ def run_federation(config: RunConfig, engine: Engine, *, as_json: bool) -> None:
         _run_remote(config, engine, as_json=as_json)
         return
     # An existing run is refused before anything heavy is loaded.
-    from server.record import RunFolder
+    from server.record import Existing, RunFolder
 
-    existing = "overwrite" if engine.overwrite else "refuse"
+    existing: Existing = "overwrite" if engine.overwrite else "refuse"
     RunFolder(config, existing)
     from experiments.engines import run_inprocess, run_ray
     from experiments.report import write_report
