@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 
 class RunProgress:
@@ -68,7 +69,8 @@ class RunProgress:
                 parts.append(f"{task} {metric} {value:.3f}")
         parts.append(f"{row['seconds']:.1f} s")
         if row["rejected"]:
-            parts.append(f"{len(row['rejected'])} replies not used")
+            count = len(row["rejected"])
+            parts.append(f"{count} {'reply' if count == 1 else 'replies'} not used")
         self.console.print("  ".join(parts), highlight=False)
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
@@ -91,7 +93,7 @@ def print_table(
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))  # Text: no markup in it
     console.print(title, style="bold", markup=False)
     console.print(table)
     console.print()
