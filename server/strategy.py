@@ -84,7 +84,7 @@ class ServerStrategy:
                 # Every strategy calls this hook with exactly the replies that it averages, which is how
                 # the selection of Krum, MultiKrum and Bulyan becomes known without touching their code.
                 train_metrics_aggr_fn=self._note_selected,
-                **self.options,  # type: ignore[arg-type]  (checked against the catalogue)
+                **self.options,  # type: ignore[arg-type]  # checked against the catalogue
             )
 
     def check(self, clients: int, shared: int) -> None:
