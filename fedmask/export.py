@@ -103,6 +103,11 @@ def open_run(run: Path) -> tuple[Workspace, Delta]:
         )
     if delta.indices is not None:
         workspace.use_mask(delta.indices)
+    if delta.recipe is not None and (workspace.mask is None or workspace.mask.digest != delta.recipe.mask):
+        raise CheckpointError(
+            f"run {run}: its values belong to the mask {delta.recipe.mask}, here its settings give another; "
+            "use the release of fedmask that made the run"
+        )
     return workspace, delta
 
 

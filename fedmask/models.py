@@ -48,7 +48,8 @@ def load_backbone(name: str) -> Backbone:
     from transformers import AutoModel, AutoTokenizer
 
     source = model_source(name)
-    with _quiet(), _load_errors(name):
+    with _quiet(), _load_errors(name), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what the checkpoint lacks is drawn: a pooler, which is no part of the backbone
         model = AutoModel.from_pretrained(source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:  # GPT-2 and its kin have none; attention ignores it anyway
@@ -172,7 +173,9 @@ def _own_head(backbone: Backbone, task: str, outputs: int, seed: int) -> OwnHead
         model = AutoModelForSequenceClassification.from_pretrained(
             backbone.source, num_labels=outputs, dtype=torch.float32, pad_token_id=backbone.pad_id
         )
-    ours = backbone_parameters(backbone.model)
+    inside = {id(p) for p in backbone_parameters(backbone.model).values()}
+    every = backbone.model.named_parameters(remove_duplicate=False)  # tied ones under each of their names
+    ours = {name: p for name, p in every if id(p) in inside}
     for owner_name, owner in backbone_of(model).named_modules():
         for key in list(owner._parameters):
             name = f"{owner_name}.{key}" if owner_name else key

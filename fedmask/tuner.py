@@ -7,6 +7,7 @@ The model keeps its classes, parameter names and ``state_dict`` keys (plus ``fed
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -62,6 +63,20 @@ class PatchedForward:
         return tensor
 
 
+class MergedSave:
+    """Stands in for a transformers model's ``save_pretrained`` while it is tuned: writes the merged model.
+
+    So what ``from_pretrained`` reads is the tuned model, under its own names. Needs one copy of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, state_dict: object = None, **kwargs: Any) -> Any:
+        # A given state is the tuned model's (trainers pass it), whose names are not the merged one's.
+        return merge(copy.deepcopy(self.model)).save_pretrained(*args, **kwargs)  # type: ignore[operator]
+
+
 class Tuning(nn.Module):
     """The trainables attached to a model: registered there as ``fedmask``, found by ``tuning_of``."""
 
@@ -104,8 +119,7 @@ class Tuning(nn.Module):
 
 def attach(model: nn.Module, trainables: list[Trainable]) -> Tuning:
     """Freeze ``model`` and let ``trainables`` drive it. ConfigError if something is attached already."""
-    if "fedmask" in model._modules:
-        raise ConfigError("this model is being tuned already; call fedmask.merge(model) first")
+    refuse_tuned(model)
     segments = [trainable.segment for trainable in trainables]
     if len(set(segments)) < len(segments):
         raise ConfigError(f"two trainables fill one segment, found {', '.join(segments)}: choose one of them")
@@ -120,6 +134,8 @@ def attach(model: nn.Module, trainables: list[Trainable]) -> Tuning:
             patch.drivers.setdefault(slot.parameter, []).append((trainable, index))
     for patch in patches.values():
         patch.module.forward = patch
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = MergedSave(model)  # type: ignore[assignment]
     model.add_module("fedmask", tuning)
     return tuning
 
@@ -131,6 +147,7 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), PatchedForward):
             del module.__dict__["forward"]
+    model.__dict__.pop("save_pretrained", None)
     del model._modules["fedmask"]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(tuning.frozen_before.get(name, True))
@@ -156,6 +173,12 @@ def merge(model: nn.Module) -> nn.Module:
         for parameter, value in folded:
             parameter.copy_(value)
     return model
+
+
+def refuse_tuned(model: nn.Module) -> None:
+    """ConfigError if something is attached to ``model``."""
+    if "fedmask" in model._modules:
+        raise ConfigError("this model is being tuned already; call fedmask.merge(model) first")
 
 
 def tuning_of(model: nn.Module) -> Tuning:

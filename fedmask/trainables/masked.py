@@ -94,6 +94,10 @@ class MaskedEntries(Trainable):
                 flat(slot.tensor)[index] = reference.to(slot.tensor.dtype)
         self._written = [None] * len(self._tensors)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._written = [None] * len(self._tensors)  # the weights have been loaded too, maybe a step behind
+
     def _write(self, name: str, entry: torch.Tensor) -> None:
         i = self._order[name]
         tensor = self._tensors[i].tensor
