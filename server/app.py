@@ -21,6 +21,7 @@ from fedmask.workspace import get_workspace
 from server.facts import run_record
 from server.joining import join
 from server.observer import Observer, Silent
+from server.overlap import measured_unions
 from server.record import Existing, RunFolder, vector_digest
 from server.rounds import Federation, RunState
 from server.strategy import ServerStrategy
@@ -120,6 +121,7 @@ def run_server(
             break
         state, row = federation.train_round(state)
     clients = federation.client_scores(state) if client_evaluation else {}
+    unions, overlap = measured_unions(workspace, schedule)
     summary = {
         "test": federation.scores(state, "test"),
         "final_dev": row["dev"],
@@ -129,7 +131,8 @@ def run_server(
         "bytes": _totals(ledger),
         "steps": steps,
         "seconds": time.monotonic() - began,
-        "costs": costs(workspace, schedule),
+        "costs": costs(workspace, schedule, unions),
+        "overlap": overlap,
     }
     save_change(workspace, state, folder.path / "delta.safetensors")
     folder.finish(summary, ledger)
