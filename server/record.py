@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+import fedmask
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError
 from fedmask.ledger import Ledger
 
 Existing = Literal["refuse", "overwrite", "number"]
-PACKAGES = ("fedmask", "torch", "transformers", "flwr", "flwr-datasets", "datasets", "numpy", "numba", "ray")
+PACKAGES = ("torch", "transformers", "flwr", "flwr-datasets", "datasets", "numpy", "numba", "ray")
 
 
 class RunFolder:
@@ -82,7 +83,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Installed versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "fedmask": fedmask.__version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)
