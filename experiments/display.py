@@ -49,7 +49,12 @@ class RunProgress:
         """Say where the run writes."""
         self.total = rounds
         self.progress.update(self.rounds, total=rounds)
-        self.console.print(f"{clients} clients, {rounds} rounds, writing to {folder}", highlight=False)
+        self.console.print(
+            f"{clients} clients, {rounds} rounds, writing to {folder}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
     def on_round_start(self, round: int, clients: tuple[int, ...]) -> None:
         """Start the clients' bar anew."""
@@ -71,7 +76,7 @@ class RunProgress:
         if row["rejected"]:
             count = len(row["rejected"])
             parts.append(f"{count} {'reply' if count == 1 else 'replies'} not used")
-        self.console.print("  ".join(parts), highlight=False)
+        self.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """Nothing: the tables follow."""

@@ -89,7 +89,10 @@ def _run_remote(config: RunConfig, engine: Engine, *, as_json: bool) -> None:
     log = Console(stderr=True, highlight=False)
     options = ["--federation-config", engine.federation_config] if engine.federation_config else []
     remote = run_superlink(
-        config, engine.connection, show=lambda line: log.print(line, markup=False), options=options
+        config,
+        engine.connection,
+        show=lambda line: log.print(line, markup=False, soft_wrap=True),
+        options=options,
     )
     if remote.summary is not None:
         _show(read_run(remote.folder), remote.folder / "report.md", as_json=as_json)
