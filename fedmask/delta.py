@@ -128,19 +128,23 @@ def apply_delta(model: nn.Module, delta: Delta) -> nn.Module:
         )
     backbone = backbone_parameters(model)
     read = stored_reader(model, backbone)
+    # Everything is checked before anything is written.
+    places = _places(model, delta) if "mask" in delta.segments else {}
+    whole: list[tuple[nn.Parameter, torch.Tensor]] = []
+    for segment, values in delta.segments.items():
+        if segment != "mask" and not segment.startswith(HEAD_PREFIX):
+            named = dict(model.named_parameters()) if segment == "head" else backbone
+            whole += _whole(named, segment, delta.names.get(segment, []), torch.from_numpy(values))
     with torch.no_grad():
         # The mask first: where other segments change its entries too, sums round as they did in training.
-        for segment, values in sorted(delta.segments.items(), key=lambda item: item[0] != "mask"):
-            change = torch.from_numpy(values)
-            if segment == "mask":
-                places = _places(model, delta)
-                pieces = torch.split(change, [len(index) for index in places.values()])
-                for (name, index), piece in zip(places.items(), pieces, strict=True):
-                    reference = read(name).reshape(-1)[index]
-                    backbone[name].view(-1)[index] = (reference + piece).to(backbone[name].dtype)
-            elif not segment.startswith(HEAD_PREFIX):
-                whole = dict(model.named_parameters()) if segment == "head" else backbone
-                _add_whole(whole, segment, delta.names.get(segment, []), change)
+        start = 0
+        for name, index in places.items():
+            piece = torch.from_numpy(delta.segments["mask"][start : start + len(index)])
+            changed = read(name).reshape(-1)[index] + piece
+            backbone[name].view(-1)[index] = changed.to(backbone[name].dtype)
+            start += len(index)
+        for parameter, part in whole:
+            parameter.copy_((parameter + part.view(parameter.shape)).to(parameter.dtype))
     return model
 
 
@@ -162,9 +166,10 @@ def _places(model: nn.Module, delta: Delta) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(index) for name, index in mask.per_tensor().items()}
 
 
-def _add_whole(
+def _whole(
     parameters: Mapping[str, nn.Parameter], segment: str, names: list[str], change: torch.Tensor
-) -> None:
+) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """The tensors that a segment of whole tensors changes, each with its flat part of the change."""
     missing = [name for name in names if name not in parameters]
     if missing:
         raise CheckpointError(
@@ -173,9 +178,7 @@ def _add_whole(
         )
     sizes = [parameters[name].numel() for name in names]
     _check_size(segment, change.numel(), sum(sizes))
-    for name, part in zip(names, torch.split(change, sizes), strict=True):
-        parameter = parameters[name]
-        parameter.copy_((parameter + part.view(parameter.shape)).to(parameter.dtype))
+    return list(zip([parameters[name] for name in names], torch.split(change, sizes), strict=True))
 
 
 def _check_size(segment: str, found: int, expected: int) -> None:

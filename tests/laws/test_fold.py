@@ -327,7 +327,7 @@ def test_the_mean_of_folded_changes_is_exact_and_that_of_factors_is_not() -> Non
     """Why the fold travels: two clients from the same draw, averaged both ways."""
     changes, factors = [], []
     for seed in (1, 2):
-        model, tuning = begun("bias")
+        _, tuning = begun("bias")
         moves = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             values = tuning.trainables[0].values
