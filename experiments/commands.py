@@ -74,8 +74,11 @@ def rebuild_report(folder: Path, *, as_json: bool) -> None:
 
 def export_run(folder: Path, to: Path, *, overwrite: bool, as_json: bool) -> None:
     """Write one Hugging Face checkpoint a task. Raises ConfigError and CheckpointError."""
+    from transformers.utils.logging import disable_progress_bar
+
     from fedmask.export import export_run as write_checkpoints
 
+    disable_progress_bar()  # transformers' own, one for each file
     read_run(folder)  # the same words for an unfinished run as in the other commands
     written = write_checkpoints(folder, to, overwrite=overwrite)
     if as_json:
