@@ -62,15 +62,17 @@ class RunFolder:
         """``config.json``: settings, versions, machine and facts, before the first round."""
         write_json(self.path / "config.json", record)
 
-    def append_round(self, row: Mapping[str, Any], ledger: Ledger) -> None:
-        """One line of ``rounds.jsonl``, and the ledger so far: a run that dies leaves what it did."""
+    def append_round(self, row: Mapping[str, Any]) -> None:
+        """One line of ``rounds.jsonl``."""
         with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
             file.write(_dump(row) + "\n")
+
+    def save_ledger(self, ledger: Ledger) -> None:
+        """Append to ``ledger.jsonl`` what is not there yet: a run that dies leaves what it did."""
         ledger.write_jsonl(self.path / "ledger.jsonl")
 
-    def finish(self, summary: Mapping[str, Any], ledger: Ledger) -> None:
-        """``ledger.jsonl`` and, last and in one step, ``summary.json``: its presence means a complete run."""
-        ledger.write_jsonl(self.path / "ledger.jsonl")
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """``summary.json``, last and in one step: its presence means a complete run."""
         write_json(self.path / "summary.json", summary)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,6 +201,18 @@ def test_run_fails_only_below_the_minimum(make_config: MakeConfig) -> None:
                 config, lambda client, _r, reply: [spoil(reply)] if client == BAD else [reply], quick_app
             )
         )
+
+
+def test_a_failed_run_leaves_its_ledger(make_config: MakeConfig) -> None:
+    config = make_config(clients=(3, 1), server={"min_replies": 4})
+    silent = BAD_REPLIES["error"][0]
+    grid = TamperedGrid(config, lambda c, _r, reply: [silent(reply)] if c == BAD else [reply], quick_app)
+    with pytest.raises(FederationError):
+        run_on(grid)
+    folder = Path(config.runs_dir) / config.name
+    assert not (folder / "summary.json").exists()
+    statuses = {(row["client"], row["status"]) for row in read_rows(folder, "ledger") if row["round"] == 1}
+    assert (BAD, "failed") in statuses
 
 
 def test_order_of_arrival_does_not_matter(make_config: MakeConfig) -> None:
