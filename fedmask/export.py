@@ -112,7 +112,7 @@ def open_run(run: Path) -> tuple[Workspace, Delta]:
 
 
 def vector_of(workspace: Workspace, task: str, delta: Delta) -> np.ndarray:
-    """The final vector (float32 ``[layout.size]``) of ``task``'s clients. CheckpointError if there is none."""
+    """The final vector of ``task``'s clients, float32 ``[layout.size]``; CheckpointError if there is none."""
     layout = workspace.layout(task)
     found = {name: values.size for name, values in delta.segments.items()}
     for segment in layout.segments:

@@ -24,7 +24,8 @@ def measured_unions(
     """(size of the union that each round's clients would receive, figures for ``summary.json``).
 
     Each client's mask: the k entries of largest mean gradient over ``overlap_batches`` of its batches.
-    (None, {}) for a method without a mask, with ``overlap_batches`` 0, and for more than ``MOST_CLIENTS`` clients.
+    (None, {}) for a method without a mask, with ``overlap_batches`` 0, and for more clients than
+    ``MOST_CLIENTS``.
     """
     config = workspace.config
     clients = sorted({client for sampled in schedule for client in sampled})
