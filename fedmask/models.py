@@ -146,7 +146,8 @@ def task_model(
         )
     # A copy of the modules around the same tensors, so that each task can be patched on its own.
     shared = {id(t): t for t in [*backbone.model.parameters(), *backbone.model.buffers()]}
-    model = MeanHead(copy.deepcopy(backbone.model, shared), outputs, dropout)
+    with torch.random.fork_rng(devices=[]):  # torch draws a start of its own, which is not ours
+        model = MeanHead(copy.deepcopy(backbone.model, shared), outputs, dropout)
     numbers = rng_for(seed, -1, -1, f"head/{task}").standard_normal(tuple(model.head.weight.shape))
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(numbers * _INIT_DEVIATION))
@@ -203,9 +204,12 @@ def _unused_pooler(model: nn.Module) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def _load_errors(name: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    # RuntimeError: weights of other shapes than the config says.
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"model {name!r}: cannot be loaded ({reason[:200]}); give {BUNDLED_MODEL!r}, a local folder or "

@@ -151,10 +151,11 @@ def bits_of(array: np.ndarray) -> bytes:
 
 def test_nothing_else_is_read_or_changed_while_the_workspace_is_built(folder: Path) -> None:
     """Loading a model whose checkpoint lacks parts draws numbers: not from anybody's global state."""
-    with random_state_untouched():
-        workspace = Workspace(run_config(folder, head="hf"))
-        workspace.layout("mood")
-        workspace.shard(0)
+    for head in ("hf", "mean"):
+        with random_state_untouched():
+            workspace = Workspace(run_config(folder, head=head))
+            workspace.layout("mood")
+            workspace.shard(0)
 
 
 @EACH_WAY
