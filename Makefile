@@ -41,11 +41,12 @@ test: lint
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
-	$(BIN)/mypy --strict fedmask
+	$(BIN)/mypy --strict fedmask clients server experiments
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m experiments.benchmarks
+	$(BIN)/python -m experiments.benchmarks.kernels
+	$(BIN)/python -m experiments.benchmarks.codecs
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

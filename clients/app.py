@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 import fedmask._env  # noqa: F401  (before flwr is imported)
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedmask.codecs import pack_update, unpack_indices, unpack_update
@@ -128,7 +128,7 @@ def _join(workspace: Workspace, partition: int, content: RecordDict) -> RecordDi
 
 
 def _confirmation(workspace: Workspace, partition: int, status: str, reason: str = "") -> RecordDict:
-    answer: dict[str, str | int] = {
+    answer: dict[str, ConfigRecordValues] = {
         "partition": partition,
         "status": status,
         "digest": workspace.digest,

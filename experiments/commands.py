@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 from experiments.display import print_json, print_table
 from experiments.runs import read_run
@@ -17,8 +18,9 @@ def show_mask(model: str, *, density: float, eligible: str, per_tensor: bool, as
     from experiments.masks import mask_facts
     from fedmask.masks import Rule, derive_mask
     from fedmask.models import load_backbone
+    from fedmask.space import Eligible
 
-    rule = Rule("magnitude", density, eligible, per_tensor)  # type: ignore[arg-type]  (checked with the space)
+    rule = Rule("magnitude", density, cast(Eligible, eligible), per_tensor)  # the space checks the word
     backbone = load_backbone(model).model
     facts = mask_facts(backbone, derive_mask(backbone, rule))
     if as_json:
@@ -72,8 +74,11 @@ def rebuild_report(folder: Path, *, as_json: bool) -> None:
 
 def export_run(folder: Path, to: Path, *, overwrite: bool, as_json: bool) -> None:
     """Write one Hugging Face checkpoint a task. Raises ConfigError and CheckpointError."""
+    from transformers.utils.logging import disable_progress_bar
+
     from fedmask.export import export_run as write_checkpoints
 
+    disable_progress_bar()  # transformers' own, one for each file
     read_run(folder)  # the same words for an unfinished run as in the other commands
     written = write_checkpoints(folder, to, overwrite=overwrite)
     if as_json:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 
 class RunProgress:
@@ -31,9 +32,9 @@ class RunProgress:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.rounds = self.progress.add_task("rounds", total=None)
+        self.rounds = self.progress.add_task("loading", total=None)
         self.clients = self.progress.add_task("clients", total=None)
-        self.total = 0
+        self.total, self.everyone, self.between = 0, 0, False
 
     def __enter__(self) -> RunProgress:
         self.progress.start()
@@ -42,24 +43,35 @@ class RunProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self.total:  # it ended while loading: nothing but the error's line is to be seen
+            self.progress.update(self.rounds, visible=False)
+            self.progress.update(self.clients, visible=False)
         self.progress.stop()
 
     def on_start(self, folder: Path, rounds: int, clients: int) -> None:
         """Say where the run writes."""
-        self.total = rounds
-        self.progress.update(self.rounds, total=rounds)
-        self.console.print(f"{clients} clients, {rounds} rounds, writing to {folder}", highlight=False)
+        self.total, self.everyone = rounds, clients
+        self.progress.update(self.rounds, description="rounds", total=rounds)
+        self.console.print(
+            f"{clients} clients, {rounds} rounds, writing to {folder}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
     def on_round_start(self, round: int, clients: tuple[int, ...]) -> None:
         """Start the clients' bar anew."""
-        self.progress.reset(self.clients, total=len(clients))
+        self._clients_again(len(clients) or self.everyone)  # round 0: all of them join
 
     def on_reply(self, client: int) -> None:
         """One client more has answered."""
+        if self.between:  # after the last round all clients score the final vector
+            self._clients_again(self.everyone)
         self.progress.advance(self.clients)
 
     def on_round_end(self, row: Mapping[str, Any]) -> None:
         """Leave the round's line and move the rounds' bar."""
+        self.between = True
         self.progress.update(self.rounds, completed=row["round"])
         parts = [f"round {row['round']:>{len(str(self.total))}}/{self.total}"]
         for task, metric in self.metrics.items():
@@ -68,8 +80,13 @@ class RunProgress:
                 parts.append(f"{task} {metric} {value:.3f}")
         parts.append(f"{row['seconds']:.1f} s")
         if row["rejected"]:
-            parts.append(f"{len(row['rejected'])} replies not used")
-        self.console.print("  ".join(parts), highlight=False)
+            count = len(row["rejected"])
+            parts.append(f"{count} {'reply' if count == 1 else 'replies'} not used")
+        self.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
+
+    def _clients_again(self, total: int) -> None:
+        self.progress.reset(self.clients, total=total)
+        self.between = False
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """Nothing: the tables follow."""
@@ -91,7 +108,7 @@ def print_table(
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))  # Text: no markup in it
     console.print(title, style="bold", markup=False)
     console.print(table)
     console.print()

@@ -19,7 +19,6 @@ from experiments.workers import MakeApp
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError, FederationError
 from server.app import RunResult, make_server_app
-from server.evaluation import cores
 from server.observer import Observer
 from server.record import Existing
 
@@ -32,7 +31,7 @@ _MOST_WORKERS = 8
 def default_workers(config: RunConfig) -> int:
     """Clients that train at the same time when ``config.workers`` is None: as many as the cores carry."""
     asked = config.server.clients_per_round or config.clients
-    return config.workers or max(1, min(asked, cores() // config.threads, _MOST_WORKERS))
+    return config.workers or max(1, min(asked, _cores() // config.threads, _MOST_WORKERS))
 
 
 def run_inprocess(
@@ -108,6 +107,8 @@ def _backend(config: RunConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     }
     out.setdefault("client_resources", {"num_cpus": config.threads, "num_gpus": 0.0})
     init = out.setdefault("init_args", {})
+    # What goes wrong in a client stands in its reply; actors' logs would run through the progress bars.
+    init.setdefault("log_to_driver", False)
     if config.workers is not None and "RAY_ADDRESS" not in os.environ:
         init.setdefault("num_cpus", config.workers * config.threads)
     return out
@@ -145,3 +146,11 @@ def _quiet_log() -> Iterator[None]:
 def _no_notice(record: logging.LogRecord) -> bool:
     text = record.getMessage()
     return not ("DEPRECATED FEATURE" in text and "run_simulation" in text)
+
+
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        return os.cpu_count() or 1

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 OTHER = "#BBBBBB"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 140,
     "font.size": 10,
     "axes.spines.top": False,
@@ -110,8 +110,11 @@ def _rounds(run: Run, figure: Figure) -> None:
     panels = list(_tasks(run))
     figure.set_size_inches(max(6.4, 4.2 * len(panels)), 3.8)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
-    kinds = (("dev", "-", "dev split, on the server"), ("global", "--", "held-out rows, as received"),
-             ("personal", ":", "held-out rows, after local training"))  # fmt: skip
+    kinds: tuple[tuple[str, Any, str], ...] = (
+        ("dev", "-", "dev split, on the server"),
+        ("global", "--", "held-out rows, as received"),
+        ("personal", ":", "held-out rows, after local training"),
+    )
     for axes, (task, colour, marker) in zip(grid, panels, strict=True):
         for shade, (part, line, _) in enumerate(kinds):
             points = scores(run, part, task)

@@ -65,9 +65,9 @@ def run_federation(config: RunConfig, engine: Engine, *, as_json: bool) -> None:
         _run_remote(config, engine, as_json=as_json)
         return
     # An existing run is refused before anything heavy is loaded.
-    from server.record import RunFolder
+    from server.record import Existing, RunFolder
 
-    existing = "overwrite" if engine.overwrite else "refuse"
+    existing: Existing = "overwrite" if engine.overwrite else "refuse"
     RunFolder(config, existing)
     from experiments.engines import run_inprocess, run_ray
     from experiments.report import write_report
@@ -89,7 +89,10 @@ def _run_remote(config: RunConfig, engine: Engine, *, as_json: bool) -> None:
     log = Console(stderr=True, highlight=False)
     options = ["--federation-config", engine.federation_config] if engine.federation_config else []
     remote = run_superlink(
-        config, engine.connection, show=lambda line: log.print(line, markup=False), options=options
+        config,
+        engine.connection,
+        show=lambda line: log.print(line, markup=False, soft_wrap=True),
+        options=options,
     )
     if remote.summary is not None:
         _show(read_run(remote.folder), remote.folder / "report.md", as_json=as_json)

@@ -44,6 +44,7 @@ def render(run: Run) -> str:
         quality=quality(run),
         traffic=traffic(run),
         comparisons=comparisons(run),
+        overlap=run.summary.get("overlap"),
         evaluation=run.ledger.total(kind="evaluate"),
         lost=[{"round": row["round"], **reply} for row in run.rounds for reply in row["rejected"]],
         figures={"quality": QUALITY, "rounds": ROUNDS, "labels": LABELS},

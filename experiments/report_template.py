@@ -42,8 +42,16 @@ round, then the whole run with all clients and both directions):
 {% endfor %}
 The first row is the sum of this run's ledger (masks and training); the others are computed from shapes and
 this run's schedule: the same k and the same value size, indices at the best code known and charged
-whenever a mask is new to its reader; the union of unequal masks is that of independent ones, an upper
-bound. What their bytes do not show:
+whenever a mask is new to its reader. {% if overlap -%}
+A mask per client: its k entries of largest mean gradient over
+{{ overlap.batches }} of its own batches. The masks of the {{ overlap.clients }} clients hold
+{{ "{:,}".format(overlap.union) }} different entries ({{ "%.2f" | format(overlap.union / overlap.k) }} x k;
+mean Jaccard index {{ score(overlap.mean_jaccard) }}).
+{%- else -%}
+The union of unequal masks is that of independent ones, an upper bound.
+{%- endif %}
+
+What the other ways' bytes do not show:
 
 {% for row in comparisons if row.not_charged -%}
 - {{ row.label }}: {{ row.not_charged }}

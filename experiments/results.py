@@ -10,8 +10,8 @@ from experiments.runs import Run
 # The ways that fedmask.costs knows, in the order and the words of the tables.
 WAYS = {
     "shared-mask": "one mask from the checkpoint",
-    "agreed-mask": "one task-specific mask, agreed once",
-    "client-masks": "a mask per client, and their union",
+    "agreed-mask": "one agreed task-specific mask",
+    "client-masks": "a mask per client, with union",
     "lora": "LoRA, r = 8 on query and value",
     "full": "full fine-tuning",
 }

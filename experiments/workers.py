@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -21,6 +22,7 @@ from fedmask.workspace import get_workspace
 
 MakeApp = Callable[[RunConfig], ClientApp]
 APP_RAISED = 2  # Flower's code for an exception inside the ClientApp
+_LEAVE_SECONDS = 10.0
 
 
 class Job(NamedTuple):
@@ -136,16 +138,21 @@ class Workers:
         return _Worker(process, ours)
 
     def close(self) -> None:
-        """End all processes, at work or not."""
+        """End all processes: those at rest leave by themselves, those at work are ended."""
         for worker in self._workers:
-            _stop(worker)
+            worker.pipe.close()
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        for worker in self._workers:
+            _stop(worker, max(0.0, deadline - time.monotonic()) if worker.job is None else 0.0)
         self._workers = []
 
 
-def _stop(worker: _Worker) -> None:
+def _stop(worker: _Worker, patience: float = 0.0) -> None:
     worker.pipe.close()
-    worker.process.terminate()
-    worker.process.join(5.0)
+    worker.process.join(patience)
+    if worker.process.is_alive():
+        worker.process.terminate()
+        worker.process.join(5.0)
     if worker.process.is_alive():
         worker.process.kill()
         worker.process.join()

@@ -6,6 +6,7 @@ is ever unpickled. A mask that no rule can derive again is stored with its packe
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -69,6 +70,7 @@ def write_delta(
         "space": str(mask.space.size) if mask is not None else "0",
         "more": json.dumps(dict(more or {})),
     }
+    metadata["sha256"] = _checksum(tensors, metadata)
     save_file(tensors, str(path), metadata=metadata)
 
 
@@ -89,6 +91,8 @@ def read_delta(path: str | Path) -> Delta:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise CheckpointError(f"delta {path}: damaged file ({error}); save it again") from error
+    if metadata.pop("sha256", "") != _checksum(tensors, metadata):
+        raise CheckpointError(f"delta {path}: damaged file (its checksum does not fit); save it again")
     size = int(metadata["space"])
     packed = tensors.pop(_INDICES, None)
     return Delta(
@@ -100,6 +104,14 @@ def read_delta(path: str | Path) -> Delta:
         size=size,
         more=json.loads(metadata["more"]),
     )
+
+
+def _checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(json.dumps([name, tensors[name].dtype.str, tensors[name].shape]).encode())
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()
 
 
 def apply_delta(model: nn.Module, delta: Delta) -> nn.Module:
@@ -116,18 +128,23 @@ def apply_delta(model: nn.Module, delta: Delta) -> nn.Module:
         )
     backbone = backbone_parameters(model)
     read = stored_reader(model, backbone)
+    # Everything is checked before anything is written.
+    places = _places(model, delta) if "mask" in delta.segments else {}
+    whole: list[tuple[nn.Parameter, torch.Tensor]] = []
+    for segment, values in delta.segments.items():
+        if segment != "mask" and not segment.startswith(HEAD_PREFIX):
+            named = dict(model.named_parameters()) if segment == "head" else backbone
+            whole += _whole(named, segment, delta.names.get(segment, []), torch.from_numpy(values))
     with torch.no_grad():
-        for segment, values in delta.segments.items():
-            change = torch.from_numpy(values)
-            if segment == "mask":
-                places = _places(model, delta)
-                pieces = torch.split(change, [len(index) for index in places.values()])
-                for (name, index), piece in zip(places.items(), pieces, strict=True):
-                    reference = read(name).reshape(-1)[index].float()
-                    backbone[name].view(-1)[index] = (reference + piece).to(backbone[name].dtype)
-            elif not segment.startswith(HEAD_PREFIX):
-                whole = dict(model.named_parameters()) if segment == "head" else backbone
-                _add_whole(whole, segment, delta.names.get(segment, []), change)
+        # The mask first: where other segments change its entries too, sums round as they did in training.
+        start = 0
+        for name, index in places.items():
+            piece = torch.from_numpy(delta.segments["mask"][start : start + len(index)])
+            changed = read(name).reshape(-1)[index] + piece
+            backbone[name].view(-1)[index] = changed.to(backbone[name].dtype)
+            start += len(index)
+        for parameter, part in whole:
+            parameter.copy_((parameter + part.view(parameter.shape)).to(parameter.dtype))
     return model
 
 
@@ -149,9 +166,10 @@ def _places(model: nn.Module, delta: Delta) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(index) for name, index in mask.per_tensor().items()}
 
 
-def _add_whole(
+def _whole(
     parameters: Mapping[str, nn.Parameter], segment: str, names: list[str], change: torch.Tensor
-) -> None:
+) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """The tensors that a segment of whole tensors changes, each with its flat part of the change."""
     missing = [name for name in names if name not in parameters]
     if missing:
         raise CheckpointError(
@@ -160,9 +178,7 @@ def _add_whole(
         )
     sizes = [parameters[name].numel() for name in names]
     _check_size(segment, change.numel(), sum(sizes))
-    for name, part in zip(names, torch.split(change, sizes), strict=True):
-        parameter = parameters[name]
-        parameter.copy_((parameter.float() + part.view(parameter.shape)).to(parameter.dtype))
+    return list(zip([parameters[name] for name in names], torch.split(change, sizes), strict=True))
 
 
 def _check_size(segment: str, found: int, expected: int) -> None:

@@ -103,11 +103,16 @@ def open_run(run: Path) -> tuple[Workspace, Delta]:
         )
     if delta.indices is not None:
         workspace.use_mask(delta.indices)
+    if delta.recipe is not None and (workspace.mask is None or workspace.mask.digest != delta.recipe.mask):
+        raise CheckpointError(
+            f"run {run}: its values belong to the mask {delta.recipe.mask}, here its settings give another; "
+            "use the release of fedmask that made the run"
+        )
     return workspace, delta
 
 
 def vector_of(workspace: Workspace, task: str, delta: Delta) -> np.ndarray:
-    """The final vector of ``task``'s clients: float32 ``[layout.size]``. CheckpointError if it is not there."""
+    """The final vector of ``task``'s clients, float32 ``[layout.size]``; CheckpointError if there is none."""
     layout = workspace.layout(task)
     found = {name: values.size for name, values in delta.segments.items()}
     for segment in layout.segments:

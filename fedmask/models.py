@@ -55,7 +55,8 @@ def load_backbone(name: str) -> Backbone:
     from transformers import AutoModel, AutoTokenizer
 
     source = model_source(name)
-    with _quiet(), _load_errors(name):
+    with _quiet(), _load_errors(name), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what the checkpoint lacks is drawn: a pooler, which is no part of the backbone
         model = AutoModel.from_pretrained(source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:  # GPT-2 and its kin have none; attention ignores it anyway
@@ -151,7 +152,8 @@ def task_model(
         )
     # A copy of the modules around the same tensors, so that each task can be patched on its own.
     shared = {id(t): t for t in [*backbone.model.parameters(), *backbone.model.buffers()]}
-    model = MeanHead(copy.deepcopy(backbone.model, shared), outputs, dropout)
+    with torch.random.fork_rng(devices=[]):  # torch draws a start of its own, which is not ours
+        model = MeanHead(copy.deepcopy(backbone.model, shared), outputs, dropout)
     numbers = rng_for(seed, -1, -1, f"head/{task}").standard_normal(tuple(model.head.weight.shape))
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(numbers * _INIT_DEVIATION))
@@ -187,7 +189,9 @@ def _own_head(backbone: Backbone, task: str, outputs: int, seed: int) -> OwnHead
         model = AutoModelForSequenceClassification.from_pretrained(
             backbone.source, num_labels=outputs, dtype=torch.float32, pad_token_id=backbone.pad_id
         )
-    ours = backbone_parameters(backbone.model)
+    inside = {id(p) for p in backbone_parameters(backbone.model).values()}
+    every = backbone.model.named_parameters(remove_duplicate=False)  # tied ones under each of their names
+    ours = {name: p for name, p in every if id(p) in inside}
     for owner_name, owner in backbone_of(model).named_modules():
         for key in list(owner._parameters):
             name = f"{owner_name}.{key}" if owner_name else key
@@ -215,9 +219,12 @@ def _unused_pooler(model: nn.Module) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def _load_errors(name: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    # RuntimeError: weights of other shapes than the config says.
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"model {name!r}: cannot be loaded ({reason[:200]}); give {BUNDLED_MODEL!r}, a local folder or "

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from fedmask.delta import apply_delta, read_delta, write_delta
+from fedmask.errors import CheckpointError
 from fedmask.masks import Mask
 from fedmask.rng import rng_for
 from fedmask.space import backbone_of, backbone_parameters, checkpoint_digest
@@ -18,7 +19,7 @@ from fedmask.trainables import (
     WeightAdapters,
     feed_forward_biases,
 )
-from fedmask.tuner import attach, tuning_of
+from fedmask.tuner import attach, refuse_tuned, tuning_of
 
 
 def sparsify(
@@ -36,8 +37,15 @@ def sparsify(
     asked for: ``head`` (all that is not backbone), ``ffn_bias`` (feed-forward biases) or
     ``bias_adapters`` (HiWi adapters of that bottleneck on them, folded by ``merge``). Frozen entries
     keep their bits. Works in place; undone by ``merge``. Source: PaFi and HiWi, arXiv 2305.16742.
-    Raises ConfigError if the model is being tuned already or lacks the asked tensors.
+    Raises ConfigError if the model is being tuned already or lacks the asked tensors, and
+    CheckpointError if the mask was made for other weights.
     """
+    refuse_tuned(model)
+    found = checkpoint_digest(model)
+    if found != mask.space.checkpoint:
+        raise CheckpointError(
+            f"mask: made for the checkpoint {mask.space.checkpoint}, found {found}; derive it from this model"
+        )
     parts: list[Trainable] = [MaskedEntries(model, mask, kernel=kernel)]
     if ffn_bias:
         parts.append(DenseTensors("bias", backbone_of(model), feed_forward_biases(model)))

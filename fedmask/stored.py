@@ -30,12 +30,12 @@ def stored_reader(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> T
     """
     base = getattr(model, "base_model", None)  # a model with a head of ours has no file of its own
     owner = base if isinstance(base, nn.Module) else model
-    files = _tensor_files(owner) if any(p.dtype in _LOSSY for p in parameters.values()) else {}
+    files = _tensor_files(owner) if any(is_half(p) for p in parameters.values()) else {}
     prefix = str(getattr(owner, "base_model_prefix", "") or "")
 
     def read(name: str) -> torch.Tensor:
         given = parameters[name].detach()
-        if given.dtype not in _LOSSY:
+        if not is_half(given):
             return given
         kept: torch.Tensor | None = getattr(parameters[name], _KEPT, None)
         if kept is not None:
@@ -50,6 +50,11 @@ def stored_reader(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> T
     return read
 
 
+def is_half(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's dtype holds less than float32 does."""
+    return tensor.dtype in _LOSSY
+
+
 @contextmanager
 def keep_stored(model: nn.Module) -> Iterator[None]:
     """Round ``model``'s parameters inside, and ``stored_reader`` still gives the values that they had.
@@ -62,7 +67,7 @@ def keep_stored(model: nn.Module) -> Iterator[None]:
     read = stored_reader(model, parameters)
     for name, parameter in parameters.items():
         values = before.pop(name)
-        if parameter.dtype in _LOSSY and not torch.equal(read(name).to(values.dtype), values):
+        if is_half(parameter) and not torch.equal(read(name).to(values.dtype), values):
             setattr(parameter, _KEPT, values)
 
 

@@ -47,7 +47,7 @@ def tuned(model: nn.Module, vector: np.ndarray, stream: Stream) -> Iterator[Tuni
     """``model`` at reference + ``vector`` (float32 ``[layout.size]``); afterwards the reference again."""
     tuning = tuning_of(model)
     try:
-        tuning.begin(torch.from_numpy(vector), stream.shared())
+        tuning.begin(torch.tensor(vector), stream.shared())  # a copy: decoded vectors are read-only
         yield tuning
     finally:
         tuning.restore()

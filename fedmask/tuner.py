@@ -7,12 +7,13 @@ The model keeps its classes, parameter names and ``state_dict`` keys (plus ``fed
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 
-from fedmask.errors import ConfigError
+from fedmask.errors import CheckpointError, ConfigError
 from fedmask.kernels import SampledLinear
 from fedmask.layout import Layout, Segment
 from fedmask.space import is_conv1d
@@ -30,9 +31,10 @@ class PatchedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         own = {key: module._parameters[key] for key in self.drivers}
-        sampled = self._sampled()
-        seen = {key: self._effective(key) for key in self.drivers if not (sampled and key == "weight")}
-        if sampled is not None and len(args) == 1 and not kwargs:
+        sampled = self._sampled() if len(args) == 1 and not kwargs else None
+        dense = [key for key in self.drivers if sampled is None or key != "weight"]
+        seen = {key: self._effective(key) for key in dense}
+        if sampled is not None:
             values, pattern = sampled.pattern(self.drivers["weight"][0][1])
             bias = seen.get("bias", module._parameters.get("bias"))
             layout = "conv1d" if is_conv1d(module) else "linear"
@@ -69,6 +71,20 @@ class PatchedForward:
         return tensor
 
 
+class MergedSave:
+    """Stands in for a transformers model's ``save_pretrained`` while it is tuned: writes the merged model.
+
+    So what ``from_pretrained`` reads is the tuned model, under its own names. Needs one copy of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, state_dict: object = None, **kwargs: Any) -> Any:
+        # A given state is the tuned model's (trainers pass it), whose names are not the merged one's.
+        return merge(copy.deepcopy(self.model)).save_pretrained(*args, **kwargs)  # type: ignore[operator]
+
+
 class Tuning(nn.Module):
     """The trainables attached to a model: registered there as ``fedmask``, found by ``tuning_of``."""
 
@@ -76,7 +92,7 @@ class Tuning(nn.Module):
         super().__init__()
         self.frozen_before: dict[str, bool] = {}
         for trainable in trainables:
-            self.add_module(trainable.segment.replace("/", "_"), trainable)
+            self.add_module(trainable.segment.replace("/", "_").replace(".", "_"), trainable)
 
     @property
     def trainables(self) -> list[Trainable]:
@@ -89,8 +105,13 @@ class Tuning(nn.Module):
         return Layout(tuple(Segment(t.segment, t.size) for t in self.trainables))
 
     def begin(self, vector: torch.Tensor, draw: Draw) -> None:
-        """Start all trainables from ``vector`` (float32 ``[layout.size]``: changes from the reference)."""
-        slices = self.layout.slices()
+        """Start all trainables from ``vector`` (float32 ``[layout.size]``: changes from the reference).
+
+        Raises CheckpointError for a vector of another length.
+        """
+        slices, size = self.layout.slices(), self.layout.size
+        if vector.shape != (size,):
+            raise CheckpointError(f"vector: expected {size} values, found {list(vector.shape)}")
         for trainable in self.trainables:
             trainable.begin(vector[slices[trainable.segment]], draw)
 
@@ -106,8 +127,10 @@ class Tuning(nn.Module):
 
 def attach(model: nn.Module, trainables: list[Trainable]) -> Tuning:
     """Freeze ``model`` and let ``trainables`` drive it. ConfigError if something is attached already."""
-    if "fedmask" in model._modules:
-        raise ConfigError("this model is being tuned already; call fedmask.merge(model) first")
+    refuse_tuned(model)
+    segments = [trainable.segment for trainable in trainables]
+    if len(set(segments)) < len(segments):
+        raise ConfigError(f"two trainables fill one segment, found {', '.join(segments)}: choose one of them")
     _refuse_fused(model, trainables)
     tuning = Tuning(trainables)
     tuning.frozen_before = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -119,6 +142,8 @@ def attach(model: nn.Module, trainables: list[Trainable]) -> Tuning:
             patch.drivers.setdefault(slot.parameter, []).append((trainable, index))
     for patch in patches.values():
         patch.module.forward = patch
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = MergedSave(model)  # type: ignore[assignment]
     model.add_module("fedmask", tuning)
     return tuning
 
@@ -130,6 +155,7 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), PatchedForward):
             del module.__dict__["forward"]
+    model.__dict__.pop("save_pretrained", None)
     del model._modules["fedmask"]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(tuning.frozen_before.get(name, True))
@@ -155,6 +181,12 @@ def merge(model: nn.Module) -> nn.Module:
         for parameter, value in folded:
             parameter.copy_(value)
     return model
+
+
+def refuse_tuned(model: nn.Module) -> None:
+    """ConfigError if something is attached to ``model``."""
+    if "fedmask" in model._modules:
+        raise ConfigError("this model is being tuned already; call fedmask.merge(model) first")
 
 
 def tuning_of(model: nn.Module) -> Tuning:

@@ -54,6 +54,7 @@ class Workspace:
         self._tasks = {task.name: task for task in config.tasks}
         self._assignments = assignments(config)
         self._data: dict[str, TaskData] = {}
+        self._labels: dict[str, np.ndarray] = {}
         self._rows: dict[str, list[np.ndarray]] = {}
         self._shards: dict[int, Shard] = {}
         self._central: dict[tuple[str, str, int | None], Tokenized] = {}
@@ -219,7 +220,9 @@ class Workspace:
 
     def labels(self, task: str) -> np.ndarray:
         """Labels of the task's train split: int64 class numbers or float64 values."""
-        return np.asarray(self.data(task).train.with_format("numpy")["label"])
+        if task not in self._labels:
+            self._labels[task] = np.asarray(self.data(task).train.with_format("numpy")["label"])
+        return self._labels[task]
 
     def shard(self, partition: int) -> Shard:
         """The client's tokenized rows."""

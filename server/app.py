@@ -18,11 +18,13 @@ from fedmask.config import RunConfig
 from fedmask.flower import config_of
 from fedmask.ledger import Ledger
 from fedmask.workspace import get_workspace
+from server.evaluation import central_scores
 from server.facts import run_record
 from server.joining import join
 from server.observer import Observer, Silent
+from server.overlap import measured_unions
 from server.record import Existing, RunFolder, vector_digest
-from server.rounds import Federation, RunState
+from server.rounds import Federation, Row, RunState
 from server.strategy import ServerStrategy
 from server.summary import costs, save_change
 
@@ -101,24 +103,49 @@ def run_server(
     record = run_record(workspace, engine)
     folder.create()
     folder.write_config(record)
-    ledger = Ledger()
     observer.on_start(folder.path, config.rounds, config.clients)
-    observer.on_round_start(0, ())
-    roster = join(grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply)
-    rows = {one["client"]: one["train_rows"] for one in record["facts"]["partitions"]}
-    federation = Federation(workspace, grid, roster, strategy, ledger, observer, rows)
-    row = federation.start_row(state, began)
+    ledger = Ledger()
+    try:
+        observer.on_round_start(0, ())
+        # Scored before joining: worker processes and nodes load their models meanwhile.
+        dev = central_scores(workspace, state.shared, state.heads, "dev", config.eval_rows)
+        roster = join(grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply)
+        rows = {one["client"]: one["train_rows"] for one in record["facts"]["partitions"]}
+        federation = Federation(workspace, grid, roster, strategy, ledger, observer, rows)
+        first = federation.start_row(dev, began)
+        summary, state = _run_rounds(federation, state, first, folder, began, client_evaluation)
+    finally:
+        folder.save_ledger(ledger)  # also of a run that failed: it says who and in which round
+    folder.write_summary(summary)
+    observer.on_end(summary)
+    return RunResult(folder.path, summary, state)
+
+
+def _run_rounds(
+    federation: Federation,
+    state: RunState,
+    row: Row,
+    folder: RunFolder,
+    began: float,
+    client_evaluation: bool,
+) -> tuple[dict[str, Any], RunState]:
+    """All rounds after ``state`` and its ``row``; summary and final state. Writes rows, ledger and delta."""
+    workspace, ledger, rounds = federation.workspace, federation.ledger, federation.config.rounds
     steps, schedule = 0, []
     while True:
-        folder.append_round(row, ledger)
-        observer.on_round_end(row)
+        folder.append_round(row)
+        folder.save_ledger(ledger)
+        federation.observer.on_round_end(row)
+        log.info("%s", _line(row, rounds))
         if state.round:
             steps += row["steps"]
             schedule.append(row["sampled"])
-        if state.round == config.rounds:
+        if state.round == rounds:
             break
         state, row = federation.train_round(state)
     clients = federation.client_scores(state) if client_evaluation else {}
+    unions, overlap = measured_unions(workspace, schedule)
+    save_change(workspace, state, folder.path / "delta.safetensors")
     summary = {
         "test": federation.scores(state, "test"),
         "final_dev": row["dev"],
@@ -128,12 +155,19 @@ def run_server(
         "bytes": _totals(ledger),
         "steps": steps,
         "seconds": time.monotonic() - began,
-        "costs": costs(workspace, schedule),
+        "costs": costs(workspace, schedule, unions),
+        "overlap": overlap,
     }
-    save_change(workspace, state, folder.path / "delta.safetensors")
-    folder.finish(summary, ledger)
-    observer.on_end(summary)
-    return RunResult(folder.path, summary, state)
+    return summary, state
+
+
+def _line(row: dict[str, Any], rounds: int) -> str:
+    """A round in one line, for those who only see the log."""
+    scores = [
+        f"{task} {key} {value:.3f}" for task, found in row["dev"].items() for key, value in found.items()
+    ]
+    used = f"{len(row['replied'])} of {len(row['sampled'])} replies" if row["round"] else "before training"
+    return f"fedmask: round {row['round']} of {rounds}, {used}; {', '.join(scores) or 'no dev rows'}"
 
 
 def _totals(ledger: Ledger) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Answer:
 
     request: Request
     client: int
-    down: tuple[int, int]  # payload bytes, whole message bytes
+    down: tuple[int, int] | None  # payload bytes, whole message bytes; None: nothing was sent
     up: tuple[int, int] = (0, 0)
     reply: Message | None = None
     reason: str = ""
@@ -60,8 +60,8 @@ def exchange(
     """Send all requests and wait for the answers, in the order of the requests.
 
     A request that is not answered within ``timeout`` seconds, or is answered with an error, comes
-    back as failed; nothing here raises for what a client does. ``arrived`` is called once an answer.
-    A second reply to one message is ignored.
+    back as failed; nothing here raises for what a client does. ``arrived`` is called once a request. A
+    second reply to one message is a rejected answer of its own, after all others.
     """
     asked = list(requests)
     messages = [
@@ -82,32 +82,42 @@ def exchange(
         if name in sent:
             waiting[name] = answer
         else:
-            answer.down = (0, 0)
+            answer.down = None
             answer.fail("failed", "the message could not be sent: its node is gone")
             if arrived:
                 arrived(answer)
     del messages
-    _collect(grid, waiting, time.monotonic() + timeout, arrived)
+    doubles = _collect(grid, waiting, time.monotonic() + timeout, arrived)
     for answer in waiting.values():
         answer.fail("failed", f"no answer within {timeout:g} s")
         if arrived:
             arrived(answer)
-    return answers
+    return answers + doubles
 
 
 def _collect(
     grid: Grid, waiting: dict[str, Answer], deadline: float, arrived: Callable[[Answer], None] | None
-) -> None:
+) -> list[Answer]:
+    """Fill in the waiting answers until none is left or the deadline has passed; the second replies."""
+    answered: dict[str, Answer] = {}
+    doubles: list[Answer] = []
     pause = _SHORTEST_PAUSE
     while waiting and time.monotonic() < deadline:
         looked = time.monotonic()
         replies = list(grid.pull_messages(list(waiting)))
         for reply in replies:
-            answer = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if answer is None:  # the second reply to one message
-                continue
+            name = reply.metadata.reply_to_message_id
             payload = content_payload_bytes(reply.content) if reply.has_content() else 0
-            answer.up = (payload, message_bytes([reply])[0])
+            size = (payload, message_bytes([reply])[0])
+            if name in answered:
+                first = answered[name]
+                doubles.append(Answer(first.request, first.client, None, size))
+                doubles[-1].fail("rejected", "a second reply to one message")
+                continue
+            if name not in waiting:  # it answers nothing that was asked here
+                continue
+            answer = answered[name] = waiting.pop(name)
+            answer.up = size
             if reply.has_error():
                 answer.fail("failed", reply.error.reason or f"error {reply.error.code}")
             else:
@@ -119,11 +129,12 @@ def _collect(
             # A grid that waits by itself (or a slow link) has used up the pause already.
             now = time.monotonic()
             time.sleep(max(0.0, min(looked + pause, deadline) - now))
+    return doubles
 
 
 def enter(ledger: Ledger, round: int, kind: Kind, answers: Iterable[Answer]) -> None:
-    """Write two ledger rows an answer: what went down and what came up (0 bytes when nothing did)."""
+    """Write an answer's ledger rows: what went down, if it did, and what came up (0 bytes for nothing)."""
     for answer in answers:
-        unsent: Status = "ok" if answer.down[1] else "failed"
-        ledger.add(LedgerRow(round, answer.client, "down", kind, *answer.down, unsent))
+        if answer.down is not None:
+            ledger.add(LedgerRow(round, answer.client, "down", kind, *answer.down, "ok"))
         ledger.add(LedgerRow(round, answer.client, "up", kind, *answer.up, answer.status))

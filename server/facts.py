@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from fedmask.config import RunConfig
-from fedmask.tasks import Tokenized
 from fedmask.workspace import Workspace
 from server.record import machine, versions
 
@@ -43,20 +42,20 @@ def _facts(workspace: Workspace, config: RunConfig) -> dict[str, Any]:
 
 
 def _partition(workspace: Workspace, client: int) -> dict[str, Any]:
-    shard = workspace.shard(client)
+    task, (kept, held) = workspace.task_of(client), workspace.split(client)
     return {
         "client": client,
-        "task": shard.task,
-        "train_rows": len(shard.train),
-        "held_out_rows": len(shard.held_out),
-        "labels": _labels(workspace, shard.task, shard.train),
+        "task": task,
+        "train_rows": len(kept),
+        "held_out_rows": len(held),
+        "labels": _labels(workspace, task, kept),
     }
 
 
-def _labels(workspace: Workspace, task: str, rows: Tokenized) -> dict[str, int]:
+def _labels(workspace: Workspace, task: str, rows: np.ndarray) -> dict[str, int]:
     """How many training rows have each label; none for a regression."""
     data = workspace.data(task)
     if data.kind != "classification":
         return {}
-    counts = np.bincount(np.asarray(rows.labels, dtype=np.int64), minlength=len(data.labels))
+    counts = np.bincount(workspace.labels(task)[rows], minlength=len(data.labels))
     return {str(label): int(count) for label, count in zip(data.labels, counts, strict=True)}

@@ -102,15 +102,17 @@ def _seat(workspace: Workspace, answers: list[Answer], roster: Roster) -> list[i
     for answer in answers:
         said = _read(answer)
         if said is None:
-            roster.failed.append({"client": answer.client, "reason": answer.reason})
+            # Only an answer tells a node's partition, so all that is known here is the node.
+            reason = f"node {answer.request.node}: {answer.reason}"
+            roster.failed.append({"client": answer.client, "reason": reason})
             continue
-        answer.client = said.partition
+        if said.partition < 0 or (said.partition >= workspace.config.clients and said.status != "spare"):
+            answer.fail("rejected", f"no client has the partition {said.partition}")
+            roster.failed.append({"client": -1, "reason": f"node {answer.request.node}: {answer.reason}"})
+            continue
         if said.status == "spare":
             continue
-        if not 0 <= said.partition < workspace.config.clients:
-            answer.fail("rejected", f"no client has the partition {said.partition}")
-            roster.failed.append({"client": -1, "reason": answer.reason})
-            continue
+        answer.client = said.partition
         if said.checkpoint != workspace.checkpoint_digest or said.status == "refused":
             raise FederationError(
                 f"client {said.partition} refuses: this federation tunes the checkpoint"

@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+import fedmask
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError
 from fedmask.ledger import Ledger
 
 Existing = Literal["refuse", "overwrite", "number"]
-PACKAGES = ("fedmask", "torch", "transformers", "flwr", "flwr-datasets", "datasets", "numpy", "numba", "ray")
+PACKAGES = ("torch", "transformers", "flwr", "flwr-datasets", "datasets", "numpy", "numba", "ray")
 
 
 class RunFolder:
@@ -61,15 +62,17 @@ class RunFolder:
         """``config.json``: settings, versions, machine and facts, before the first round."""
         write_json(self.path / "config.json", record)
 
-    def append_round(self, row: Mapping[str, Any], ledger: Ledger) -> None:
-        """One line of ``rounds.jsonl``, and the ledger so far: a run that dies leaves what it did."""
+    def append_round(self, row: Mapping[str, Any]) -> None:
+        """One line of ``rounds.jsonl``."""
         with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
             file.write(_dump(row) + "\n")
+
+    def save_ledger(self, ledger: Ledger) -> None:
+        """Append to ``ledger.jsonl`` what is not there yet: a run that dies leaves what it did."""
         ledger.write_jsonl(self.path / "ledger.jsonl")
 
-    def finish(self, summary: Mapping[str, Any], ledger: Ledger) -> None:
-        """``ledger.jsonl`` and, last and in one step, ``summary.json``: its presence means a complete run."""
-        ledger.write_jsonl(self.path / "ledger.jsonl")
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """``summary.json``, last and in one step: its presence means a complete run."""
         write_json(self.path / "summary.json", summary)
 
 
@@ -82,7 +85,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Installed versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "fedmask": fedmask.__version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)

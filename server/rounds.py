@@ -7,7 +7,7 @@ the first malformed reply; this loop does none of that and keeps its state in on
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,13 +84,13 @@ class Federation:
         rng = rng_for(self.config.seed, round, -1, "sample")
         return tuple(sorted(int(client) for client in rng.choice(joined, size=count, replace=False)))
 
-    def start_row(self, state: RunState, began: float) -> Row:
-        """Round 0: what the untrained model scores, and who did not join."""
+    def start_row(self, dev: Scores, began: float) -> Row:
+        """Round 0: what the untrained model scores (``dev``), and who did not join."""
         row = self._row(0, (), [])
         row["rejected"] = list(self.roster.failed)
         for (way,), total in self.ledger.totals("direction", round=0).items():
             row["bytes"] |= {str(way): total.payload_bytes, f"{way}_message": total.message_bytes}
-        row["dev"] = self.scores(state, "dev")
+        row["dev"] = dev
         row["seconds"] = time.monotonic() - began
         return row
 
@@ -102,8 +102,13 @@ class Federation:
         began, round = time.monotonic(), state.round + 1
         clients = self.sample(round)
         self.observer.on_round_start(round, clients)
-        answers = self._exchange(state, round, clients, TRAIN)
-        good = [reply for answer in answers if (reply := self._judge(answer, round)) is not None]
+        good: list[Contribution] = []
+
+        def arrived(answer: Answer) -> None:
+            good.extend(self._judge(answer, round))
+            self.observer.on_reply(answer.client)
+
+        answers = self._exchange(state, round, clients, TRAIN, arrived)
         enter(self.ledger, round, "train", answers)
         row = self._row(round, clients, answers)
         if len(good) < self.config.server.min_replies:
@@ -132,7 +137,13 @@ class Federation:
 
         The one evaluation that costs a download of its own; clients that fail are left out.
         """
-        answers = self._exchange(state, state.round, tuple(sorted(self.roster.nodes)), EVALUATE)
+        answers = self._exchange(
+            state,
+            state.round,
+            tuple(sorted(self.roster.nodes)),
+            EVALUATE,
+            lambda answer: self.observer.on_reply(answer.client),
+        )
         pairs: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}, "score": {}}
         counted: dict[str, int] = {}
         for answer in answers:
@@ -155,7 +166,14 @@ class Federation:
             if task in counted
         }
 
-    def _exchange(self, state: RunState, round: int, clients: Sequence[int], kind: str) -> list[Answer]:
+    def _exchange(
+        self,
+        state: RunState,
+        round: int,
+        clients: Sequence[int],
+        kind: str,
+        arrived: Callable[[Answer], None],
+    ) -> list[Answer]:
         # Clients of one task get the same bytes, so each task's vector is packed once.
         contents = {
             task: update_content(
@@ -174,18 +192,15 @@ class Federation:
             Request(self.roster.nodes[client], client, contents[self.workspace.task_of(client)])
             for client in clients
         ]
-        timeout = self.config.server.timeout
-        return exchange(
-            self.grid, requests, kind, timeout, lambda answer: self.observer.on_reply(answer.client)
-        )
+        return exchange(self.grid, requests, kind, self.config.server.timeout, arrived)
 
-    def _judge(self, answer: Answer, round: int) -> Contribution | None:
-        """A reply as a contribution, or None with the reason in the answer."""
+    def _judge(self, answer: Answer, round: int) -> list[Contribution]:
+        """A reply as a contribution, or none with the reason in the answer; the reply itself is let go."""
         if answer.reply is None:
-            return None
+            return []
         task = self.workspace.task_of(answer.client)
         try:
-            return read_training(
+            found = read_training(
                 answer.reply,
                 client=answer.client,
                 task=task,
@@ -196,7 +211,9 @@ class Federation:
             )
         except EnvelopeError as error:
             answer.fail("rejected", str(error))
-            return None
+            return []
+        answer.reply = None
+        return [found]
 
     def _scores_of(self, answer: Answer) -> dict[str, float]:
         if answer.reply is None:
@@ -224,9 +241,9 @@ class Federation:
             "steps": 0,
             "bytes": {
                 "up": sum(answer.up[0] for answer in answers),
-                "down": sum(answer.down[0] for answer in answers),
+                "down": sum(answer.down[0] for answer in answers if answer.down),
                 "up_message": sum(answer.up[1] for answer in answers),
-                "down_message": sum(answer.down[1] for answer in answers),
+                "down_message": sum(answer.down[1] for answer in answers if answer.down),
             },
             "note": "",
         }

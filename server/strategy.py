@@ -6,84 +6,27 @@ samples, sends or sees a head; heads are averaged here, per task, over the repli
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 import fedmask._env  # noqa: F401  (before flwr is imported)
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
-from flwr.serverapp import strategy as flower
-from flwr.serverapp.exception import AppExitException
 
-from fedmask.errors import ConfigError, FederationError, unknown
+from fedmask.errors import ConfigError, FederationError
 from fedmask.flower import ensure_identity
+from server.catalogue import STRATEGIES, checked_options, resolve
 
 SHARED = "shared"
 WEIGHT = "num-examples"
 CLIENT = "client"
-
-
-class Limits(NamedTuple):
-    """Type and open or closed range of one option: ``low < x < high``, closed where ``closed`` says so."""
-
-    kind: type
-    low: float
-    high: float
-    closed: str = ""
-
-
-class Known(NamedTuple):
-    """A strategy that is offered: its class, its options, and how many replies it needs."""
-
-    cls: type[flower.FedAvg]
-    options: Mapping[str, Limits]
-    # Replies needed = per_malicious x num_malicious_nodes + at_least (Krum: n > 2f + 2; Bulyan: n >= 4f + 3).
-    per_malicious: int = 0
-    at_least: int = 1
-
-
-_RATE = Limits(float, 0.0, float("inf"))
-_MOMENTUM = Limits(float, 0.0, 1.0, "low")
-_COUNT = Limits(int, 0, 1_000_000, "low")
-_ADAPTIVE = {"eta": _RATE, "tau": _RATE}
-_MOMENTS = {"beta_1": _MOMENTUM, "beta_2": _MOMENTUM}
-
-STRATEGIES: dict[str, Known] = {
-    "fedavg": Known(flower.FedAvg, {}),
-    "fedavgm": Known(flower.FedAvgM, {"server_learning_rate": _RATE, "server_momentum": _MOMENTUM}),
-    "fedadam": Known(flower.FedAdam, {**_ADAPTIVE, **_MOMENTS}),
-    "fedyogi": Known(flower.FedYogi, {**_ADAPTIVE, **_MOMENTS}),
-    "fedadagrad": Known(flower.FedAdagrad, _ADAPTIVE),
-    "fedmedian": Known(flower.FedMedian, {}),
-    "fedtrimmedavg": Known(flower.FedTrimmedAvg, {"beta": Limits(float, 0.0, 0.5, "low")}),
-    "krum": Known(flower.Krum, {"num_malicious_nodes": _COUNT}, 2, 3),
-    "multikrum": Known(
-        flower.MultiKrum,
-        {"num_malicious_nodes": _COUNT, "num_nodes_to_select": Limits(int, 1, 1_000_000, "low")},
-        2,
-        3,
-    ),
-    "bulyan": Known(flower.Bulyan, {"num_malicious_nodes": _COUNT}, 4, 3),
-}
-
-_DP = "its noise is calibrated for full models clipped by Flower, not for a flat vector of changes"
-_XGB = "it aggregates boosted trees, not vectors"
-REFUSED: dict[str, str] = {
-    "fedprox": "it needs a proximal term in the clients' loss, which the local update does not have",
-    "qfedavg": "it needs each client's loss on the received model to weigh its reply",
-    "fedopt": "it is the base of fedadam, fedyogi and fedadagrad; choose one of them",
-    "fedxgbbagging": _XGB,
-    "fedxgbcyclic": _XGB,
-    "differentialprivacyserversidefixedclipping": _DP,
-    "differentialprivacyserversideadaptiveclipping": _DP,
-    "differentialprivacyclientsidefixedclipping": _DP,
-    "differentialprivacyclientsideadaptiveclipping": _DP,
-}
 
 
 @dataclass(frozen=True)
@@ -121,9 +64,9 @@ class ServerStrategy:
     def __init__(
         self, name: str, options: Mapping[str, float] | None = None, task_weighting: str = "equal"
     ) -> None:
-        self.name = _resolve(name)
+        self.name = resolve(name)
         self.known = STRATEGIES[self.name]
-        self.options = _checked(self.name, self.known, options or {})
+        self.options = checked_options(self.name, options or {})
         self.task_weighting = task_weighting
         self.required = self.known.at_least + self.known.per_malicious * int(
             self.options.get("num_malicious_nodes", 0)
@@ -141,7 +84,7 @@ class ServerStrategy:
                 # Every strategy calls this hook with exactly the replies that it averages, which is how
                 # the selection of Krum, MultiKrum and Bulyan becomes known without touching their code.
                 train_metrics_aggr_fn=self._note_selected,
-                **self.options,
+                **self.options,  # type: ignore[arg-type]  # checked against the catalogue
             )
 
     def check(self, clients: int, shared: int) -> None:
@@ -205,20 +148,21 @@ class ServerStrategy:
             messages.append(Message(content, dst_node_id=0, message_type="train"))
         self._selected = ()
         try:
-            with _quiet():
+            with _quiet(), _young_garbage_only():
                 self._show_current(round, shared)
                 arrays, _ = self.inner.aggregate_train(round, messages)
         except (AppExitException, ValueError, ArithmeticError) as error:
             raise FederationError(f"{self.name} failed in round {round}: {error}") from error
         if arrays is None:
             return None
-        result = arrays[SHARED].numpy()
+        with np.errstate(all="ignore"):  # what overflows is named below
+            result = arrays[SHARED].numpy().astype(np.float32)
         if result.shape != shared.shape or not np.isfinite(result).all():
             raise FederationError(
                 f"{self.name} gave values that are no vector of {shared.size} finite numbers in round"
                 f" {round}; check its options"
             )
-        return result.astype(np.float32)
+        return result
 
     def _show_current(self, round: int, shared: np.ndarray) -> None:
         # FedAvgM, FedAdam, FedYogi and FedAdagrad take the vector that the clients started from in
@@ -252,35 +196,6 @@ class ServerStrategy:
         # FedAvgM keeps its own copy of the vector; without one it takes the next round's.
         if hasattr(self.inner, "current_arrays"):
             self.inner.current_arrays = None
-
-
-def _resolve(name: str) -> str:
-    plain = name.lower().replace("-", "").replace("_", "")
-    if plain in REFUSED:
-        raise ConfigError(f"server.strategy {name!r} cannot be used: {REFUSED[plain]}")
-    if plain not in STRATEGIES:
-        raise ConfigError(unknown("server.strategy", name, STRATEGIES))
-    return plain
-
-
-def _checked(name: str, known: Known, options: Mapping[str, float]) -> dict[str, float]:
-    out: dict[str, float] = {}
-    for key, value in options.items():
-        if key not in known.options:
-            if not known.options:
-                raise ConfigError(f"server.options: {name!r} takes no options, found {key!r}")
-            raise ConfigError(unknown(f"option of {name!r}", key, known.options))
-        kind, low, high, closed = known.options[key]
-        whole = float(value).is_integer()
-        inside = low < value < high or (closed == "low" and value == low)
-        if not inside or (kind is int and not whole):
-            what = "a whole number" if kind is int else "a number"
-            edge = "at least" if closed == "low" else "greater than"
-            raise ConfigError(
-                f"server.options.{key}: expected {what} {edge} {low} and below {high}, found {value}"
-            )
-        out[key] = kind(value)
-    return out
 
 
 def _weights(replies: Sequence[Contribution], task_weighting: str) -> list[float]:
@@ -351,3 +266,20 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+@contextmanager
+def _young_garbage_only() -> Iterator[None]:
+    """Let garbage collections skip all that is there already.
+
+    Flower calls ``gc.collect`` once an array in ``ArrayRecord.to_numpy_ndarrays(keep_input=False)``, which
+    Bulyan does for each reply; beside a loaded model that is seconds a reply for nothing.
+    """
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()

@@ -36,10 +36,12 @@ def save_change(workspace: Workspace, state: RunState, path: Path) -> None:
     )
 
 
-def costs(workspace: Workspace, schedule: Sequence[Sequence[int]]) -> dict[str, Any]:
+def costs(
+    workspace: Workspace, schedule: Sequence[Sequence[int]], unions: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Payload bytes of this run done in other ways, by formula (``fedmask.costs``), by way.
 
-    ``schedule``: the partitions asked in each round.
+    ``schedule``: the partitions asked in each round; ``unions``: see ``fedmask.costs.RunFacts``.
     """
     config, mask = workspace.config, workspace.mask
     layouts = {task: workspace.layout(task) for task in workspace.tasks}
@@ -58,6 +60,7 @@ def costs(workspace: Workspace, schedule: Sequence[Sequence[int]]) -> dict[str, 
             beside=shared - k,
             value_bytes=2.0 if config.values == "fp16" else 4.0,
             recipe_bytes=len(recipe.to_json().encode()) if recipe else 0,
+            unions=unions,
             lora_values=lora_values(query_value_shapes(space.names, space.shapes)),
         )
     )

@@ -114,6 +114,14 @@ def made_run() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any
         "steps": 18,
         "seconds": 5.0,
         "bytes": {key: sum(r["bytes"][key] for r in rounds) for key in rounds[0]["bytes"]},
+        "overlap": {
+            "rule": "gradient",
+            "batches": 2,
+            "clients": 3,
+            "k": 100,
+            "union": 250,
+            "mean_jaccard": 0.1,
+        },
         "costs": {
             "full": {
                 "way": "full",

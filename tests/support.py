@@ -228,3 +228,35 @@ def train_a_little(model: nn.Module, steps: int = 3, lr: float = 0.01) -> None:
 
 
 Build = Callable[..., nn.Module]
+
+
+def run_config(folder: Path, **changes: Any) -> Any:
+    """A run over ``save_run_files``' folder: mood (2 classes, 2 clients) and price (regression, 1 client)."""
+    from fedmask.config import from_dict
+
+    def task(name: str, clients: int, metric: str) -> dict[str, Any]:
+        source = str(folder / f"{name}.tsv")
+        return {"name": name, "source": source, "text": "text", "label": "label", "clients": clients,
+                "metric": metric}  # fmt: skip
+
+    values: dict[str, Any] = {
+        "model": str(folder / "model"),
+        "density": 0.02,
+        "tasks": [task("mood", 2, "accuracy"), task("price", 1, "spearman")],
+        "partition": {"kind": "iid"},
+        "rounds": 2,
+        "workers": 1,
+        "adapter": {"bottleneck": 4},
+        "train": {"batch_size": 8, "max_tokens": 16, "lr": 0.01, "weight_decay": 0.1, "dropout": 0.2},
+        "runs_dir": str(folder / "runs"),
+    }
+    return from_dict(values | changes)
+
+
+def save_run_files(folder: Path, architecture: str = "bert") -> Path:
+    """A model and two task files for ``run_config``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(folder / "model", architecture)
+    save_task(folder / "mood.tsv", ("no", "yes", "no", "yes"), rows=90, seed=1)
+    save_task(folder / "price.tsv", (), rows=70, seed=2)
+    return folder

@@ -108,8 +108,7 @@ import time, torch
 start = time.perf_counter()
 import numba
 imported = time.perf_counter()
-from fedmask.kernels import native
-native.prepare()
+import fedmask.kernels.native
 print(imported - start, time.perf_counter() - imported)
 """
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from importlib.util import find_spec
+from importlib import import_module
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -28,9 +29,20 @@ BLOCK_TOKENS = 32
 
 
 @cache
+def _native() -> tuple[ModuleType | None, str]:
+    """The compiled kernel's module, or why there is none. Imported on first use: numba may be absent."""
+    try:
+        return import_module("fedmask.kernels.native"), ""
+    except ImportError as error:  # not installed, or not made for this NumPy
+        return None, f"numba cannot be imported ({error}); pip install 'fedmask[fast]'"
+
+
 def available_kernels() -> tuple[str, ...]:
-    """The kernels that this process can run: ``dense`` everywhere, ``sampled`` (CPU) where numba is there."""
-    return ("dense", "sampled") if find_spec("numba") else ("dense",)
+    """The kernels that this process can run: ``dense`` everywhere, ``sampled`` (CPU) where numba is there.
+
+    The first call imports numba and compiles. A run that is to be repeated bit for bit records the answer.
+    """
+    return ("dense", "sampled") if _native()[0] else ("dense",)
 
 
 def choose_kernel(
@@ -100,23 +112,18 @@ def sampled_weight_gradient(
     threads = torch.get_num_threads() if threads is None else threads
     chosen = choose_kernel(tokens, *pattern.shape, pattern.k, kernel, threads)
     if chosen == "sampled":
-        why_not = _hindrance(grad_output, inputs)
-        if not why_not:
-            from fedmask.kernels import native  # numba takes a while to import and need not be there
-
-            return native.sampled_gradient(grad_output, inputs, pattern, threads)
+        why_not = _unsuited(grad_output) or _unsuited(inputs)
+        native, why_not = (None, why_not) if why_not else _native()
+        if native:
+            result: torch.Tensor = native.sampled_gradient(grad_output, inputs, pattern, threads)
+            return result
         if kernel == "sampled":
             raise FedmaskError(f"the sampled kernel cannot run: {why_not}; use kernel 'auto' or 'dense'")
     return dense_weight_gradient(grad_output, inputs, pattern)
 
 
-def _hindrance(grad_output: torch.Tensor, inputs: torch.Tensor) -> str:
-    """Why the sampled kernel cannot take these arguments here; empty if it can."""
-    if "sampled" not in available_kernels():
-        return "numba is not installed (pip install 'fedmask[fast]')"
-    for matrix in (grad_output, inputs):
-        if matrix.device.type != "cpu":
-            return f"it needs the CPU, found a matrix on {matrix.device}"
-        if matrix.dtype == torch.float64:
-            return "it sums in float32, found float64"
-    return ""
+def _unsuited(matrix: torch.Tensor) -> str:
+    """Why the sampled kernel cannot read a matrix; empty if it can."""
+    if matrix.device.type != "cpu":
+        return f"it needs the CPU, found a matrix on {matrix.device}"
+    return "it sums in float32, found float64" if matrix.dtype == torch.float64 else ""

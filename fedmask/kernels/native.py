@@ -1,4 +1,4 @@
-"""The fast kernel: compiled by numba on first use, run on torch's own threads.
+"""The fast kernel: compiled by numba, run on torch's own threads.
 
 Tokens are taken in blocks. Both matrices' blocks are transposed into scratch that fits a core's cache, so
 that each wanted entry is a dot product of two contiguous runs. Sixteen entries are summed at a time, in
@@ -6,7 +6,8 @@ vectors of sixteen floats whatever the machine's own width is, so the order of e
 and not left to the compiler. numba cannot say "vector" in Python; the two inner steps are therefore given to
 it as LLVM code.
 
-Importing this module imports numba. Nothing else in the package does.
+Importing this module imports numba and compiles (about 1 s, or half of that from numba's cache on disk).
+Nothing else in the package does, and it is imported when it is first needed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numba
@@ -32,8 +32,7 @@ BLOCK = 32
 
 _ADDRESS = ir.IntType(64)
 _INDEX = ir.IntType(32)
-_LANE = ir.FloatType()
-_VECTOR = ir.VectorType(_LANE, LANES)
+_VECTOR = ir.VectorType(ir.FloatType(), LANES)
 _ROW_BYTES = 4 * BLOCK
 _JOB_SIZE = 20
 _Job = ctypes.c_int64 * _JOB_SIZE  # what the compiled code is told: numbers, bytes and addresses
@@ -189,8 +188,7 @@ def _work(pointer: Any) -> None:
                 _add_sixteen(left, right, rows + at, cols + at, k - entry, sums + at)
 
 
-@cache
-def _compiled() -> Any:
+def _compile() -> Any:
     """The compiled ``_work``: from numba's cache on disk where there is one that can be written."""
     signature = numba.void(numba.types.voidptr)
     try:
@@ -199,14 +197,7 @@ def _compiled() -> Any:
         return numba.cfunc(signature)(_work)
 
 
-@cache
-def _call() -> Callable[[int], None]:
-    """``_work`` as a function that releases the interpreter lock."""
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_compiled().address)
-
-
-@cache
-def _team() -> Callable[[int, int, int, int], None] | None:
+def _find_team() -> Callable[[int, int, int, int], None] | None:
     """What starts a function on torch's own OpenMP threads, or None where torch has another thread library.
 
     A pool of our own would fight for the cores with torch's threads, which spin between two of its calls.
@@ -218,6 +209,12 @@ def _team() -> Callable[[int, int, int, int], None] | None:
     start.restype = None
     start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     return start
+
+
+# At import, under Python's import lock: two threads that compiled at once could free each other's code.
+_CODE = _compile()
+_RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_CODE.address)  # releases the interpreter lock
+_TEAM = _find_team()
 
 
 class _Workspace(threading.local):
@@ -244,11 +241,6 @@ def _readable(matrix: torch.Tensor) -> torch.Tensor:
     if matrix.shape[1] < LANES:
         return functional.pad(matrix, (0, LANES - matrix.shape[1]))
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def prepare() -> None:
-    """Compile the kernel, or read it from numba's cache, now and not in the first training step."""
-    _call()
 
 
 def sampled_gradient(
@@ -279,12 +271,11 @@ def sampled_gradient(
         *(pattern.rows.data_ptr(), pattern.cols.data_ptr(), k, base),
         *(base + 4 * zeroed, 4 * columns, base + 4 * LANES, 4 * padded),
     )
-    team = _team() if parts > 1 else None
-    if team:
+    if parts > 1 and _TEAM:
         # All of torch's threads, even where fewer have work: a smaller team would end the others' lives.
-        team(_compiled().address, ctypes.addressof(job), threads, 0)
+        _TEAM(_CODE.address, ctypes.addressof(job), threads, 0)
     else:
-        _call()(ctypes.addressof(job))
+        _RUN(ctypes.addressof(job))
     result = floats[LANES : LANES + k].clone()
     for start in range(LANES + padded, zeroed, padded):
         result += floats[start : start + k]

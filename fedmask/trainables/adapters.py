@@ -20,8 +20,8 @@ from torch.nn import functional
 from fedmask.errors import CheckpointError, ConfigError
 from fedmask.masks.base import Mask
 from fedmask.space import backbone_of, backbone_parameters, is_conv1d, linear_layers
-from fedmask.stored import stored_reader
-from fedmask.trainables.base import Chunks, Draw, Trainable, slots_of
+from fedmask.stored import is_half, stored_reader
+from fedmask.trainables.base import Chunks, Draw, Trainable, full_precision, slots_of
 from fedmask.trainables.masked import MaskedEntries
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -116,8 +116,9 @@ class BiasAdapters(Trainable):
         pieces = self._chunks.get(self.values)
         down = pieces[2 * i].view(-1, self.bottleneck)
         up = pieces[2 * i + 1].view(self.bottleneck, -1)
-        hidden: torch.Tensor = self.activation((self._reference[i] + self._start[i]) @ down)
-        return hidden @ up
+        with full_precision(self.values):
+            hidden: torch.Tensor = self.activation((self._reference[i] + self._start[i]) @ down)
+            return hidden @ up
 
     def change(self) -> torch.Tensor:
         with torch.no_grad():
@@ -125,7 +126,8 @@ class BiasAdapters(Trainable):
 
     def effective(self, slot: int, tensor: torch.Tensor) -> torch.Tensor:
         i = self._order[self.slots[slot].name]
-        return (self._reference[i] + (self._start[i] + self._folded(i))).to(tensor.dtype)
+        base = self._reference[i] if is_half(tensor) else tensor  # what is half has lost bits
+        return (base + (self._start[i] + self._folded(i))).to(tensor.dtype)
 
 
 class WeightAdapters(Trainable):
@@ -178,7 +180,8 @@ class WeightAdapters(Trainable):
         pieces = self._chunks.get(self.values)
         down = pieces[2 * i].view(-1, self.bottleneck)
         up = pieces[2 * i + 1].view(self.bottleneck, -1)
-        change = self.activation(self._rows(i) @ down) @ up
+        with full_precision(self.values):
+            change = self.activation(self._rows(i) @ down) @ up
         change = change.t() if self._turned[i] else change
         return change if self._start is None else self._start[i] + change
 
@@ -187,7 +190,7 @@ class WeightAdapters(Trainable):
             return torch.cat([self._folded(i).reshape(-1) for i in range(len(self.names))])
 
     def effective(self, slot: int, tensor: torch.Tensor) -> torch.Tensor:
-        return (tensor.float() + self._folded(self._order[self.slots[slot].name])).to(tensor.dtype)
+        return (tensor + self._folded(self._order[self.slots[slot].name])).to(tensor.dtype)
 
 
 class MaskedWeightAdapters(MaskedEntries):
@@ -228,7 +231,8 @@ class MaskedWeightAdapters(MaskedEntries):
         with torch.no_grad():
             self.values.zero_()
             self.values[: self.size].copy_(change)
-        self._write()
+            for slot in self._tensors:
+                self.written(slot.name)
         inputs, factors = {}, []
         for slot in self._tensors:
             if slot.name in self._factor_at:
@@ -249,7 +253,8 @@ class MaskedWeightAdapters(MaskedEntries):
         at, pattern = self._factor_at[name], self._patterns[name]
         down = pieces[at].view(-1, self.bottleneck)
         up = pieces[at + 1].view(self.bottleneck, -1)
-        hidden = self.activation(self._input[name] @ down)
+        with full_precision(self.values):
+            hidden = self.activation(self._input[name] @ down)
         rows, columns = pattern.rows.long(), pattern.cols.long()
         return direct + (hidden[rows] * up.t()[columns]).sum(1)
 

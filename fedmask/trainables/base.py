@@ -46,13 +46,17 @@ class Slot:
         return found
 
 
-def slots_of(module: nn.Module, names: Sequence[str]) -> list[Slot]:
-    """The slots of the named parameters; one that several modules share (tied) gets a slot in each."""
+def slots_of(module: nn.Module, names: Sequence[str], within: nn.Module | None = None) -> list[Slot]:
+    """The slots of ``module``'s named parameters; one that several modules share (tied) gets a slot in each.
+
+    Modules are looked for in ``within``, by default ``module`` itself: a language model's output layer
+    shares the backbone's embedding and lies outside of it.
+    """
     parameters = dict(module.named_parameters())
     wanted = {id(parameters[name]): name for name in names}
     return [
         Slot(owner, key, wanted[id(parameter)])
-        for owner in module.modules()
+        for owner in (within or module).modules()
         for key, parameter in owner._parameters.items()
         if parameter is not None and id(parameter) in wanted
     ]
@@ -102,7 +106,8 @@ class Chunks:
 
     def get(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The pieces of ``values`` (float32 ``[sum(sizes)]``) for the present gradient mode."""
-        key = (*version(values), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), values.requires_grad
+        key = (values._version, values.data_ptr(), *modes)
         if key != self._key:
             self._pieces, self._key = torch.split(values, self._sizes), key
         return self._pieces
@@ -114,6 +119,6 @@ class Chunks:
         return Chunks, (self._sizes,)
 
 
-def version(tensor: torch.Tensor) -> tuple[int, int]:
-    """A key that changes when the tensor is written in place or gets other storage."""
-    return tensor._version, tensor.data_ptr()
+def full_precision(values: torch.Tensor) -> torch.autocast:
+    """A context without autocast: what is folded must have the bits that training saw."""
+    return torch.autocast(values.device.type, enabled=False)

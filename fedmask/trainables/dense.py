@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedmask.stored import stored_reader
+from fedmask.stored import is_half, stored_reader
 from fedmask.trainables.base import Chunks, Draw, Trainable, slots_of
 
 
@@ -21,7 +21,8 @@ class DenseTensors(Trainable):
         super().__init__(segment, slots_of(module, names), size=sum(sizes), local_size=sum(sizes))
         self.names = names
         read = stored_reader(module, parameters)
-        self._reference = [read(name) for name in names]  # the tensors themselves where they are float32
+        # A tensor in half precision has lost bits that its change must be added to.
+        self._stored = [read(name).float() if is_half(parameters[name]) else None for name in names]
         self._order = {name: i for i, name in enumerate(names)}
         self._shapes = shapes
         self._chunks = Chunks(sizes)
@@ -37,4 +38,5 @@ class DenseTensors(Trainable):
         name = self.slots[slot].name
         at = self._order[name]
         change = self._chunks.get(self.values)[at].view(self._shapes[name])
-        return (self._reference[at].float() + change).to(tensor.dtype)
+        stored = self._stored[at]
+        return ((tensor if stored is None else stored) + change).to(tensor.dtype)

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedmask.errors import CheckpointError
 from fedmask.kernels import Pattern, WeightLayout
 from fedmask.masks.base import Mask
 from fedmask.space import backbone_of, backbone_parameters, is_conv1d, is_linear
 from fedmask.stored import stored_reader
-from fedmask.trainables.base import Chunks, Draw, Slot, Trainable, slots_of, version
+from fedmask.trainables.base import Chunks, Draw, Slot, Trainable, slots_of
 
 
 class MaskedEntries(Trainable):
@@ -20,26 +21,31 @@ class MaskedEntries(Trainable):
     ``values`` float32 ``[k]`` in the mask's order: the change from the stored checkpoint. The model's
     weights hold reference + change at the masked places (in the weights' dtype), written in place
     whenever ``values`` has changed, so that the forward pass needs no copy of a weight.
+
+    Raises CheckpointError for a mask over tensors that ``model`` lacks.
     """
 
     def __init__(self, model: torch.nn.Module, mask: Mask, *, kernel: str = "auto") -> None:
         parts = mask.per_tensor()
         names = list(parts)
-        super().__init__("mask", slots_of(backbone_of(model), names), size=mask.k, local_size=mask.k)
-        read = stored_reader(model, backbone_parameters(model))
+        parameters = backbone_parameters(model)
+        _check_tensors(parameters, mask)
+        slots = slots_of(backbone_of(model), names, within=model)
+        super().__init__("mask", slots, size=mask.k, local_size=mask.k)
+        read = stored_reader(model, parameters)
         self.mask = mask
         self.kernel = kernel
         self._order = {name: i for i, name in enumerate(names)}
         self._indices = [torch.from_numpy(parts[name]) for name in names]
         self._reference = [
-            read(name).reshape(-1)[index].float() for name, index in zip(names, self._indices, strict=True)
+            read(name).reshape(-1)[index] for name, index in zip(names, self._indices, strict=True)
         ]
         self._tensors = self._one_slot_each(names)
         self._patterns: dict[str, Any] = {
             slot.name: _pattern(slot, parts[slot.name]) for slot in self.slots if is_matrix(slot)
         }
         self._chunks = Chunks([len(index) for index in self._indices])
-        self._written: tuple[Any, ...] = ()
+        self._written: list[torch.Tensor | None] = [None] * len(names)  # the entries that the weights hold
 
     def _one_slot_each(self, names: list[str]) -> list[Slot]:
         first: dict[str, Slot] = {}
@@ -50,7 +56,8 @@ class MaskedEntries(Trainable):
     def begin(self, change: torch.Tensor, draw: Draw) -> None:
         with torch.no_grad():
             self.values.copy_(change)
-        self._write()
+            for slot in self._tensors:
+                self.written(slot.name)
 
     def change(self) -> torch.Tensor:
         return self.values.detach().clone()
@@ -60,10 +67,14 @@ class MaskedEntries(Trainable):
         return self._chunks.get(self.values)[self._order[name]]
 
     def written(self, name: str) -> torch.Tensor:
-        """``entry(name)``, after the weights have been brought up to date with ``values``."""
-        if version(self.values) != self._written:
-            self._write()
-        return self.entry(name)
+        """``entry(name)``, after the weight has been brought up to date with it.
+
+        Compared by value: optimizers that write through ``values.data`` leave no other trace.
+        """
+        entry, held = self.entry(name), self._written[self._order[name]]
+        if held is None or held.dtype != entry.dtype or not torch.equal(held, entry):
+            self._write(name, entry)
+        return entry
 
     def pattern(self, slot: int) -> tuple[torch.Tensor, Any]:
         """For a linear layer's weight: its changes (float32 ``[k of the layer]``) and where they lie."""
@@ -81,13 +92,28 @@ class MaskedEntries(Trainable):
         with torch.no_grad():
             for slot, index, reference in zip(self._tensors, self._indices, self._reference, strict=True):
                 flat(slot.tensor)[index] = reference.to(slot.tensor.dtype)
-        self._written = ()
+        self._written = [None] * len(self._tensors)
 
-    def _write(self) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._written = [None] * len(self._tensors)  # the weights have been loaded too, maybe a step behind
+
+    def _write(self, name: str, entry: torch.Tensor) -> None:
+        i = self._order[name]
+        tensor = self._tensors[i].tensor
         with torch.no_grad():
-            for slot, index, reference in zip(self._tensors, self._indices, self._reference, strict=True):
-                flat(slot.tensor)[index] = (reference + self.entry(slot.name)).to(slot.tensor.dtype)
-        self._written = version(self.values)
+            flat(tensor)[self._indices[i]] = (self._reference[i] + entry).to(tensor.dtype)
+            self._written[i] = entry.detach().clone()
+
+
+def _check_tensors(parameters: dict[str, torch.nn.Parameter], mask: Mask) -> None:
+    for name, shape in zip(mask.space.names, mask.space.shapes, strict=True):
+        found = tuple(parameters[name].shape) if name in parameters else None
+        if found != shape:
+            raise CheckpointError(
+                f"mask: expected a tensor {name} of shape {shape}, found {found}: the mask was made "
+                "for another architecture"
+            )
 
 
 def is_matrix(slot: Slot) -> bool:

@@ -155,6 +155,17 @@ def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "delta.safetensors").stat().st_size < 250_000
 
 
+def test_readme_shows_real_output_and_a_command_under_each_result() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "<!--" not in text, "a part of the README still waits for its text"
+    assert any(
+        "Report: " in block and "full fine-tuning" in block for block in blocks(ROOT / "README.md", "text")
+    )
+    results = text.split("## Results")[1].split("\n## ")[0]
+    assert "|---" in results
+    assert "fedmask run" in results
+
+
 # Links, tree, settings ---------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from fedmask import Mask, Rule, derive_mask, magnitude_mask
 from fedmask.errors import CheckpointError, ConfigError
 from fedmask.masks import RULES, Recipe, mask_from_indices, mask_size
 from fedmask.space import ELIGIBLE, backbone_of, backbone_parameters, checkpoint_digest, parameter_space
-from tests.support import ARCHITECTURES, make_model, save_checkpoint
+from tests.support import ARCHITECTURES, make_model
 
 LEVELS = (0, 1, 2, 7, 10_000)  # steps that weights are rounded to; 0: not at all
 

@@ -74,6 +74,13 @@ def test_tables_of_markdown_are_whole(run_folder: Path) -> None:
         width = cells if line.startswith("|") else 0
 
 
+def test_how_unequal_masks_overlap_is_measured_or_said_to_be_a_bound(run_folder: Path) -> None:
+    assert "2.50 x k" in " ".join(render(read_run(run_folder)).split())
+    path = run_folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"overlap": {}}))
+    assert "an upper bound" in render(read_run(run_folder))
+
+
 def test_a_reason_cannot_break_a_table(run_folder: Path) -> None:
     path = run_folder / "rounds.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
