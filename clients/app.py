@@ -7,7 +7,7 @@ Four kinds of messages: ``query.join`` (here is the mask's recipe, which partiti
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -17,12 +17,13 @@ from flwr.clientapp import ClientApp
 
 from fedmask.codecs import pack_update, unpack_indices, unpack_update
 from fedmask.config import RunConfig
-from fedmask.errors import CheckpointError, ConfigError
+from fedmask.errors import CheckpointError, ConfigError, unknown
 from fedmask.flower import (
     ARRAYS,
     CONFIG,
     EXAMPLES,
     MASK,
+    PRECISION,
     RECIPE,
     RecordError,
     bytes_record,
@@ -31,6 +32,7 @@ from fedmask.flower import (
     reply_content,
 )
 from fedmask.masks import Recipe
+from fedmask.precision import PRECISIONS, Precision
 from fedmask.workspace import Workspace, get_workspace
 
 __all__ = ["app", "make_client_app"]
@@ -56,6 +58,7 @@ def make_client_app(
         # The number of threads decides the gradients' last bits, so it is set here, on every engine.
         torch.set_num_threads(settings.threads)
         workspace = get_workspace(settings)
+        workspace.use_precision(_precision(context, settings))
         _use_stored_mask(workspace, context)
         return workspace, _partition(context, settings)
 
@@ -66,6 +69,7 @@ def make_client_app(
         if partition >= settings.clients:
             answer = ConfigRecord({"partition": partition, "status": "spare"})
             return Message(RecordDict({CONFIG: answer}), reply_to=message)
+        _keep_precision(context, settings, message.content)
         workspace, _ = enter(context)
         return Message(_join(workspace, partition, message.content), reply_to=message)
 
@@ -145,6 +149,25 @@ def _receive_mask(workspace: Workspace, data: bytes) -> None:
         raise CheckpointError(f"method {workspace.config.method!r} has no mask to replace")
     space = workspace.mask.space
     workspace.use_mask(unpack_indices(data, space.size, count=workspace.mask.k))
+
+
+def _keep_precision(context: Context, config: RunConfig, content: RecordDict) -> None:
+    """Keep the server's choice in the node's state, unless the config says the same: each message may
+    meet a new process."""
+    chosen = _one(content, CONFIG, ConfigRecord).get(PRECISION)
+    if chosen not in PRECISIONS:
+        raise RecordError(unknown("precision", str(chosen), PRECISIONS))
+    if chosen != config.precision or PRECISION in context.state:
+        context.state[PRECISION] = ConfigRecord({PRECISION: chosen})
+
+
+def _precision(context: Context, config: RunConfig) -> Precision:
+    """The precision that the server chose in this run."""
+    kept = context.state.get(PRECISION)
+    chosen = kept.get(PRECISION) if isinstance(kept, ConfigRecord) else config.precision
+    if chosen == "auto":
+        raise RecordError("expected a join message with the precision before any other, found none")
+    return cast(Precision, chosen)
 
 
 def _use_stored_mask(workspace: Workspace, context: Context) -> None:

@@ -21,7 +21,7 @@ from fedmask.errors import CheckpointError, ConfigError
 from fedmask.layout import HEAD_PREFIX
 from fedmask.masks import RULES, Mask, Recipe, derive_mask, mask_from_indices
 from fedmask.space import backbone_parameters, checkpoint_digest, parameter_space
-from fedmask.stored import stored_reader
+from fedmask.stored import lost_bits, stored_reader, unrounded
 
 _FORMAT = "fedmask-delta"
 _INDICES = "mask.indices"
@@ -130,11 +130,17 @@ def apply_delta(model: nn.Module, delta: Delta) -> nn.Module:
     read = stored_reader(model, backbone)
     # Everything is checked before anything is written.
     places = _places(model, delta) if "mask" in delta.segments else {}
-    whole: list[tuple[nn.Parameter, torch.Tensor]] = []
+    whole: list[tuple[nn.Parameter, torch.Tensor | None, torch.Tensor]] = []
     for segment, values in delta.segments.items():
         if segment != "mask" and not segment.startswith(HEAD_PREFIX):
             named = dict(model.named_parameters()) if segment == "head" else backbone
-            whole += _whole(named, segment, delta.names.get(segment, []), torch.from_numpy(values))
+            names = delta.names.get(segment, [])
+            parts = _whole(named, segment, names, torch.from_numpy(values))
+            stored = stored_reader(model, named)
+            whole += [
+                (named[name], lost_bits(stored, name, named[name]), part)
+                for name, part in zip(names, parts, strict=True)
+            ]
     with torch.no_grad():
         # The mask first: where other segments change its entries too, sums round as they did in training.
         start = 0
@@ -143,8 +149,9 @@ def apply_delta(model: nn.Module, delta: Delta) -> nn.Module:
             changed = read(name).reshape(-1)[index] + piece
             backbone[name].view(-1)[index] = changed.to(backbone[name].dtype)
             start += len(index)
-        for parameter, part in whole:
-            parameter.copy_((parameter + part.view(parameter.shape)).to(parameter.dtype))
+        for parameter, lost, part in whole:
+            base = unrounded(parameter, lost)
+            parameter.copy_((base + part.view(parameter.shape)).to(parameter.dtype))
     return model
 
 
@@ -168,8 +175,8 @@ def _places(model: nn.Module, delta: Delta) -> dict[str, torch.Tensor]:
 
 def _whole(
     parameters: Mapping[str, nn.Parameter], segment: str, names: list[str], change: torch.Tensor
-) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """The tensors that a segment of whole tensors changes, each with its flat part of the change."""
+) -> tuple[torch.Tensor, ...]:
+    """The flat part of the change of each tensor that a segment of whole tensors changes."""
     missing = [name for name in names if name not in parameters]
     if missing:
         raise CheckpointError(
@@ -178,7 +185,7 @@ def _whole(
         )
     sizes = [parameters[name].numel() for name in names]
     _check_size(segment, change.numel(), sum(sizes))
-    return list(zip([parameters[name] for name in names], torch.split(change, sizes), strict=True))
+    return torch.split(change, sizes)
 
 
 def _check_size(segment: str, found: int, expected: int) -> None:

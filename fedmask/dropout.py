@@ -17,7 +17,7 @@ _LEVELS = 1 << 16  # a probability is a whole number of 65536ths
 
 
 def dropout(x: torch.Tensor, probability: float, training: bool = True) -> torch.Tensor:
-    """``x`` (any shape) with elements set to zero with ``probability``, the others scaled up to keep the mean.
+    """``x`` (any shape) with elements set to zero with ``probability``, the others scaled to keep the mean.
 
     The probability is rounded to 1/65536. Not on a CPU: PyTorch's own function.
     """

@@ -96,6 +96,7 @@ def open_run(run: Path) -> tuple[Workspace, Delta]:
             )
     record = json.loads((run / "config.json").read_text(encoding="utf-8"))
     workspace, delta = Workspace(from_dict(record["config"])), read_delta(run / "delta.safetensors")
+    workspace.use_precision("fp32")  # the change is added to the stored weights, whatever it was trained in
     if workspace.checkpoint_digest != delta.checkpoint:
         raise CheckpointError(
             f"run {run}: trained on the checkpoint {delta.checkpoint}, model {workspace.config.model!r} "

@@ -27,6 +27,7 @@ METRICS = "metrics"
 UPDATE = "update"
 MASK = "mask"
 RECIPE = "recipe"
+PRECISION = "precision"
 MAX_METRICS = 9
 EXAMPLES = "num-examples"
 HELD_OUT = "held-out"

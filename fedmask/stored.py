@@ -55,6 +55,16 @@ def is_half(tensor: torch.Tensor) -> bool:
     return tensor.dtype in _LOSSY
 
 
+def lost_bits(read: TensorReader, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+    """What ``tensor`` lacks to its stored values: float32 of its shape; None unless it is rounded."""
+    return read(name).float() - tensor.detach().float() if is_half(tensor) else None
+
+
+def unrounded(tensor: torch.Tensor, lost: torch.Tensor | None) -> torch.Tensor:
+    """``tensor`` with its lost bits: a small change must not be added to a rounded value."""
+    return tensor if lost is None else tensor + lost
+
+
 @contextmanager
 def keep_stored(model: nn.Module) -> Iterator[None]:
     """Round ``model``'s parameters inside, and ``stored_reader`` still gives the values that they had.

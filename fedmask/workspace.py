@@ -66,7 +66,7 @@ class Workspace:
 
     @cached_property
     def backbone(self) -> Backbone:
-        """The pre-trained model in the run's precision (float32 until it is chosen), pristine between uses."""
+        """The pre-trained model in the precision in use (until then float32), pristine between uses."""
         backbone = load_backbone(self.config.model)
         cast(backbone.model, self._precision or "fp32")
         return backbone

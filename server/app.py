@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedmask.config import RunConfig
 from fedmask.flower import config_of
 from fedmask.ledger import Ledger
+from fedmask.settle import settle_precision
 from fedmask.workspace import get_workspace
 from server.evaluation import central_scores
 from server.facts import run_record
@@ -98,9 +99,10 @@ def run_server(
     folder = RunFolder(config, existing)
     strategy = ServerStrategy(config.server.strategy, config.server.options, config.server.task_weighting)
     workspace = get_workspace(config)
+    measured = settle_precision(workspace)
     state = RunState.start(workspace)
     strategy.check(config.server.clients_per_round or config.clients, state.shared.size)
-    record = run_record(workspace, engine)
+    record = run_record(workspace, engine, measured)
     folder.create()
     folder.write_config(record)
     observer.on_start(folder.path, config.rounds, config.clients)

@@ -8,21 +8,34 @@ from typing import Any
 import numpy as np
 
 from fedmask.config import RunConfig
+from fedmask.kernels import available_kernels
 from fedmask.workspace import Workspace
 from server.record import machine, versions
 
 
-def run_record(workspace: Workspace, engine: str) -> dict[str, Any]:
-    """The whole of ``config.json``."""
+def run_record(workspace: Workspace, engine: str, measured: dict[str, float]) -> dict[str, Any]:
+    """The whole of ``config.json``. ``measured``: what ``settle_precision`` found.
+
+    The config states the precision in use, so that it repeats the run bit for bit.
+    """
     recipe = workspace.recipe()
+    settled = workspace.config.model_copy(update={"precision": workspace.precision})
     return {
-        "config": workspace.config.model_dump(mode="json"),
+        "config": settled.model_dump(mode="json"),
         "versions": versions(),
         "machine": machine(),
         "engine": engine,
         "recipe": json.loads(recipe.to_json()) if recipe else None,
         "checkpoint_digest": workspace.checkpoint_digest,
-        "facts": _facts(workspace, workspace.config),
+        "facts": {
+            "precision": {
+                "asked": workspace.config.precision,
+                "used": workspace.precision,
+                "seconds_per_step": measured,
+                "kernels": list(available_kernels()),
+            },
+            **_facts(workspace, workspace.config),
+        },
     }
 
 

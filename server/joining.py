@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from fedmask.codecs import pack_indices
 from fedmask.errors import EnvelopeError, FederationError
-from fedmask.flower import ARRAYS, CONFIG, MASK, QUERY_JOIN, QUERY_MASK, RECIPE, bytes_record
+from fedmask.flower import ARRAYS, CONFIG, MASK, PRECISION, QUERY_JOIN, QUERY_MASK, RECIPE, bytes_record
 from fedmask.ledger import Ledger
 from fedmask.workspace import Workspace
 from server.exchange import Answer, Request, enter, exchange
@@ -65,14 +65,15 @@ def join(
     node_timeout: float,
     arrived: Callable[[int], None],
 ) -> Roster:
-    """Offer the mask's recipe to every node, learn its partition, send the packed mask where it is needed.
+    """Offer recipe and precision to every node, learn its partition, send the mask where it is needed.
 
     ``arrived(client)`` is called once an answer. Raises ``FederationError`` when a client holds another
     checkpoint, when two nodes claim one partition, or when fewer than ``server.min_replies`` are left.
     """
     config = workspace.config
     recipe = workspace.recipe()
-    offer = RecordDict({CONFIG: ConfigRecord({RECIPE: recipe.to_json() if recipe else ""})})
+    offered = {RECIPE: recipe.to_json() if recipe else "", PRECISION: workspace.precision}
+    offer = RecordDict({CONFIG: ConfigRecord(offered)})  # type: ignore[arg-type]
     nodes = wait_for_nodes(grid, config.clients, node_timeout)
     answers = exchange(
         grid,

@@ -20,7 +20,7 @@ from torch.nn import functional
 from fedmask.errors import CheckpointError, ConfigError
 from fedmask.masks.base import Mask
 from fedmask.space import backbone_of, backbone_parameters, is_conv1d, linear_layers
-from fedmask.stored import is_half, stored_reader
+from fedmask.stored import lost_bits, stored_reader, unrounded
 from fedmask.trainables.base import Chunks, Draw, Trainable, full_precision, slots_of
 from fedmask.trainables.masked import MaskedEntries
 
@@ -97,6 +97,7 @@ class BiasAdapters(Trainable):
         self.bottleneck = bottleneck
         self.activation = ACTIVATIONS[activation]
         self._reference = [read(name).detach().reshape(-1).float().clone() for name in names]
+        self._lost = [lost_bits(read, name, parameters[name]) for name in names]
         self._start = [torch.zeros(w) for w in self._widths]
         self._order = {name: i for i, name in enumerate(names)}
         self._chunks = Chunks(local)
@@ -126,7 +127,7 @@ class BiasAdapters(Trainable):
 
     def effective(self, slot: int, tensor: torch.Tensor) -> torch.Tensor:
         i = self._order[self.slots[slot].name]
-        base = self._reference[i] if is_half(tensor) else tensor  # what is half has lost bits
+        base = unrounded(tensor, self._lost[i])
         return (base + (self._start[i] + self._folded(i))).to(tensor.dtype)
 
 

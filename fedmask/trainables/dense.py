@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedmask.stored import is_half, stored_reader
+from fedmask.stored import lost_bits, stored_reader, unrounded
 from fedmask.trainables.base import Chunks, Draw, Trainable, slots_of
 
 
@@ -21,8 +21,7 @@ class DenseTensors(Trainable):
         super().__init__(segment, slots_of(module, names), size=sum(sizes), local_size=sum(sizes))
         self.names = names
         read = stored_reader(module, parameters)
-        # A tensor in half precision has lost bits that its change must be added to.
-        self._stored = [read(name).float() if is_half(parameters[name]) else None for name in names]
+        self._lost = [lost_bits(read, name, parameters[name]) for name in names]
         self._order = {name: i for i, name in enumerate(names)}
         self._shapes = shapes
         self._chunks = Chunks(sizes)
@@ -38,5 +37,4 @@ class DenseTensors(Trainable):
         name = self.slots[slot].name
         at = self._order[name]
         change = self._chunks.get(self.values)[at].view(self._shapes[name])
-        stored = self._stored[at]
-        return ((tensor if stored is None else stored) + change).to(tensor.dtype)
+        return (unrounded(tensor, self._lost[at]) + change).to(tensor.dtype)
