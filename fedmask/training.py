@@ -153,7 +153,8 @@ def _optimizer(trainables: list[Trainable], plan: TrainConfig) -> torch.optim.Op
     """State for the trained values alone; weight decay pulls the change to zero, never a frozen weight."""
     groups = [{"params": [t.values], "lr": _rate(t, plan)} for t in trainables]
     if plan.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=plan.momentum, weight_decay=plan.weight_decay, lr=plan.lr)
+        decay = plan.weight_decay
+        return torch.optim.SGD(groups, plan.lr, momentum=plan.momentum, weight_decay=decay, fused=True)
     return torch.optim.AdamW(groups, weight_decay=plan.weight_decay, lr=plan.lr, fused=True)
 
 
