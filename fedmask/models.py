@@ -134,12 +134,12 @@ def task_model(
     """The model of one task: the backbone's tensors shared, a head drawn from (seed, task).
 
     ``outputs``: number of classes, or 1 for regression. ``dropout``: the probability of every dropout
-    layer. The head's start is the same on every machine.
+    layer. The head's start is the same on every machine. Comes in evaluation mode.
     """
     if head == "hf":
         own = _own_head(backbone, task, outputs, seed)
         set_dropout(own, dropout)
-        return own
+        return own.eval()
     if getattr(backbone.model.config, "is_encoder_decoder", False):
         raise ConfigError(
             f"model {backbone.source}: an encoder-decoder has no single last state; use --head hf"
@@ -153,7 +153,7 @@ def task_model(
         model.head.weight.copy_(torch.from_numpy(numbers * _INIT_DEVIATION))
         model.head.bias.zero_()
     set_dropout(model, dropout)
-    return model
+    return model.eval()
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
