@@ -117,7 +117,8 @@ def test_one_step_of_the_second_client() -> None:
 
 def test_clipping_counts_what_is_trained_alone() -> None:
     # The first client's gradient over mask and head: 1.8^2 + 1.2^2 + 1.02^2 + 2.28^2 = 10.9188,
-    # whose root, the norm, is 3.304360. The frozen entries' gradients (W[0, 0]: 0.4 + 2.0 = 2.4; W[1, 1]: 0.4 + 0.5 = 0.9) would make it 4.182.
+    # whose root, the norm, is 3.304360. The gradients of the frozen entries (W[0, 0]: 0.4 + 2.0 = 2.4;
+    # W[1, 1]: 0.4 + 0.5 = 0.9) would make it 4.182.
     scale = 0.5 / 3.304360
     found = trained(ONE, PLAN.model_copy(update={"clip_norm": 0.5})).change
     np.testing.assert_allclose(found, scale * np.array([-0.18, -0.12, -0.102, -0.228]), rtol=2e-5)
