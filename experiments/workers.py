@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
-import time
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 import fedmask._env  # noqa: F401  (before flwr is imported)
 from flwr.app import Context, Error, Message
@@ -22,7 +24,6 @@ from fedmask.workspace import get_workspace
 
 MakeApp = Callable[[RunConfig], ClientApp]
 APP_RAISED = 2  # Flower's code for an exception inside the ClientApp
-_LEAVE_SECONDS = 10.0
 
 
 class Job(NamedTuple):
@@ -138,21 +139,18 @@ class Workers:
         return _Worker(process, ours)
 
     def close(self) -> None:
-        """End all processes: those at rest leave by themselves, those at work are ended."""
+        """End all processes, whatever they are doing."""
         for worker in self._workers:
-            worker.pipe.close()
-        deadline = time.monotonic() + _LEAVE_SECONDS
+            worker.process.terminate()
         for worker in self._workers:
-            _stop(worker, max(0.0, deadline - time.monotonic()) if worker.job is None else 0.0)
+            _stop(worker)
         self._workers = []
 
 
-def _stop(worker: _Worker, patience: float = 0.0) -> None:
+def _stop(worker: _Worker) -> None:
     worker.pipe.close()
-    worker.process.join(patience)
-    if worker.process.is_alive():
-        worker.process.terminate()
-        worker.process.join(5.0)
+    worker.process.terminate()
+    worker.process.join(5.0)
     if worker.process.is_alive():
         worker.process.kill()
         worker.process.join()
@@ -161,6 +159,8 @@ def _stop(worker: _Worker, patience: float = 0.0) -> None:
 
 def _serve(pipe: Connection, config_json: str, make_app: MakeApp) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's; it ends the workers itself
+    # Progress bars of other libraries share a lock between processes, which one that is ended would leak.
+    tqdm.set_lock(threading.RLock())
     config = from_json(config_json)
     app = make_app(config)
     # The model loads while the driver still prepares; what is wrong with it is said by the first answer.

@@ -97,9 +97,9 @@ class AdapterConfig(_Settings):
 class TrainConfig(_Settings):
     """Local training. ``steps`` caps the optimizer steps per client and round; None: epochs decide.
 
-    ``head_lr`` and ``adapter_lr`` default to ``lr``. ``clip_norm`` bounds the norm of the whole
-    trained vector's gradient; None: no clipping. ``dropout`` goes for every dropout layer, backbone
-    included.
+    ``head_lr`` defaults to ``lr``; adapters on biases want smaller steps and have ``adapter_lr``.
+    ``clip_norm`` bounds the norm of the whole trained vector's gradient; None: no clipping.
+    ``dropout`` goes for every dropout layer, backbone included.
     """
 
     epochs: Real = Field(default=1.0, gt=0)
@@ -109,7 +109,7 @@ class TrainConfig(_Settings):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Real = Field(default=5e-3, gt=0)
     head_lr: Real | None = Field(default=None, gt=0)
-    adapter_lr: Real | None = Field(default=None, gt=0)
+    adapter_lr: Real = Field(default=1e-3, gt=0)
     momentum: Real = Field(default=0.9, ge=0, lt=1)
     weight_decay: Real = Field(default=0.0, ge=0)
     clip_norm: Real | None = Field(default=1.0, gt=0)

@@ -16,6 +16,7 @@ from torch import nn
 from fedmask.config import from_dict
 from fedmask.delta import Delta, read_delta
 from fedmask.errors import CheckpointError, ConfigError
+from fedmask.layout import HEAD_PREFIX
 from fedmask.models import MeanHead, OwnHead
 from fedmask.training import Stream, tuned
 from fedmask.tuner import merge
@@ -76,15 +77,15 @@ def export_run(run: str | Path, to: str | Path, *, overwrite: bool = False) -> l
     """
     run, to = Path(run), Path(to)
     workspace, delta = open_run(run)
-    written = []
-    for task in workspace.tasks:
-        folder = to / task
+    folders = {task: to / task for task in workspace.tasks}
+    for task, folder in folders.items():  # all is checked before anything is written
+        vector_of(workspace, task, delta)
         if folder.exists() and any(folder.iterdir()) and not overwrite:
             raise ConfigError(f"export: {folder} exists; give another folder or --overwrite")
+    for task, folder in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
         _write(workspace, task, merged(workspace, task, delta), folder)
-        written.append(folder)
-    return written
+    return list(folders.values())
 
 
 def open_run(run: Path) -> tuple[Workspace, Delta]:
@@ -94,8 +95,13 @@ def open_run(run: Path) -> tuple[Workspace, Delta]:
             raise ConfigError(
                 f"run {run}: expected a finished run with {name}, found none; see fedmask run --help"
             )
-    record = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    workspace, delta = Workspace(from_dict(record["config"])), read_delta(run / "delta.safetensors")
+    try:
+        settings = dict(json.loads((run / "config.json").read_text(encoding="utf-8"))["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"run {run}: expected a run's settings in config.json, found something else ({error})"
+        ) from error
+    workspace, delta = Workspace(from_dict(settings)), read_delta(run / "delta.safetensors")
     workspace.use_precision("fp32")  # the change is added to the stored weights, whatever it was trained in
     if workspace.checkpoint_digest != delta.checkpoint:
         raise CheckpointError(
@@ -115,13 +121,14 @@ def open_run(run: Path) -> tuple[Workspace, Delta]:
 def vector_of(workspace: Workspace, task: str, delta: Delta) -> np.ndarray:
     """The final vector of ``task``'s clients, float32 ``[layout.size]``; CheckpointError if there is none."""
     layout = workspace.layout(task)
-    found = {name: values.size for name, values in delta.segments.items()}
-    for segment in layout.segments:
-        if found.get(segment.name) != segment.size:
-            raise CheckpointError(
-                f"delta: expected segment {segment.name!r} with {segment.size} values, found "
-                f"{found.get(segment.name)}; the run folder is damaged or its config was changed"
-            )
+    wanted = {segment.name: segment.size for segment in layout.segments}
+    others = {HEAD_PREFIX + other for other in workspace.tasks} - wanted.keys()
+    found = {name: values.size for name, values in delta.segments.items() if name not in others}
+    if found != wanted:
+        raise CheckpointError(
+            f"delta: expected segments of the sizes {wanted}, found {found}; "
+            "the run folder is damaged or its config was changed"
+        )
     return np.concatenate([delta.segments[segment.name] for segment in layout.segments])
 
 

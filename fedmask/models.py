@@ -142,7 +142,7 @@ def task_model(
     """The model of one task: the backbone's tensors shared, a head drawn from (seed, task).
 
     ``outputs``: number of classes, or 1 for regression. ``dropout``: the probability of every dropout
-    layer. The head's start is the same on every machine.
+    layer. The head's start is the same on every machine. Comes in evaluation mode.
     """
     if head == "hf":
         return _for_training(_own_head(backbone, task, outputs, seed), dropout)
@@ -167,7 +167,7 @@ M = TypeVar("M", bound=nn.Module)
 def _for_training(model: M, dropout: float) -> M:
     use_plain_attention(backbone_of(model))
     set_dropout(model, dropout)
-    return model
+    return model.eval()
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:

@@ -163,5 +163,5 @@ def _rate(trainable: Trainable, plan: TrainConfig) -> float:
     if trainable.segment.startswith("head"):
         own = plan.head_lr if plan.head_lr is not None else plan.lr
     elif isinstance(trainable, BiasAdapters):
-        own = plan.adapter_lr if plan.adapter_lr is not None else plan.lr
+        own = plan.adapter_lr
     return own

@@ -282,6 +282,13 @@ def test_two_parts_for_one_segment_are_refused_before_anything_changes() -> None
     assert all(p.requires_grad for p in model.parameters()) and "fedmask" not in repr(model)
 
 
+def test_a_head_that_is_not_there_is_refused() -> None:
+    model = make_model("gpt2")
+    with pytest.raises(ConfigError, match=r"GPT2Model has no head to train; load it with its head"):
+        sparsify(model, magnitude_mask(model, 0.01), head=True)
+    assert "fedmask" not in repr(model)
+
+
 def test_a_mask_for_other_weights_is_refused() -> None:
     mask = magnitude_mask(make_model("bert"), 0.01)
     other = make_model("bert", seed=1, classes=3)
