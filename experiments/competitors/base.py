@@ -40,8 +40,8 @@ class Contender:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_bytes(self) -> int:
-        """Bytes kept for what is trained: the values, their gradients, two moments, and the extra."""
-        return sum(4 * p.numel() * p.element_size() for p in self.parameters) + self.extra_bytes
+        """Bytes kept for what is trained: values, gradients, two moments."""
+        return sum(4 * p.numel() * p.element_size() for p in self.parameters)
 
 
 def train_only(model: nn.Module, names: Callable[[str], bool]) -> list[nn.Parameter]:
