@@ -182,6 +182,15 @@ def test_a_state_dict_saved_right_after_a_step_and_loaded_over_another_state(way
     assert not torch.equal(outputs(tuned), wanted)
 
 
+def test_a_merged_state_is_not_taken_for_a_tuned_one() -> None:
+    """A trainer that resumes from ``save_pretrained``'s file loads leniently and would start again."""
+    tuned = trained("mask and head")
+    merged = merge(copy.deepcopy(tuned))
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"no fedmask\.mask\.values: it is a merged model's"):
+            tuned.load_state_dict(merged.state_dict(), strict=strict)
+
+
 @EACH_WAY
 @pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
 def test_saved_by_transformers_and_loaded_again(way: str, kind: str, tmp_path: Path) -> None:
