@@ -39,6 +39,15 @@ class Backbone:
         """The token that fills up a batch."""
         return int(self.tokenizer.pad_token_id)
 
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens of one text the model can read; None where its config sets no limit."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        for name, module in self.model.named_modules():
+            if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                return int(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from there
+        return int(positions) if positions else None
+
 
 def load_backbone(name: str) -> Backbone:
     """Load ``minilm`` (bundled), a local folder or a Hugging Face hub name, in float32.
