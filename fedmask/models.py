@@ -61,6 +61,10 @@ def load_backbone(name: str) -> Backbone:
         torch.manual_seed(0)  # what the checkpoint lacks is drawn: a pooler, which is no part of the backbone
         model = AutoModel.from_pretrained(source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
+    if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 2:  # made up from the model's type alone
+        raise ConfigError(
+            f"model {name!r}: its tokenizer knows no words; save the tokenizer's files beside the model's"
+        )
     if tokenizer.pad_token is None:  # GPT-2 and its kin have none; attention ignores it anyway
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:

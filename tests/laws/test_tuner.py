@@ -274,6 +274,34 @@ def test_a_step_is_seen_by_the_next_forward(way: str, step: Callable[[nn.Paramet
             assert torch.allclose(outputs(merge(fresh)), seen, atol=1e-6)
 
 
+def test_the_bundled_model_tuned_and_merged() -> None:
+    """A real checkpoint: k values and adapters train, masked entries and feed-forward biases change."""
+    from fedmask.models import load_backbone
+    from fedmask.space import backbone_parameters
+
+    model = load_backbone("minilm").model
+    before = {name: p.detach().clone() for name, p in backbone_parameters(model).items()}
+    mask = magnitude_mask(model)
+    tuned = sparsify(model, mask, bias_adapters=4)
+    inputs = batch(2, 6)
+    assert sum(p.numel() for p in tuned.parameters() if p.requires_grad) == 53_084 + 2 * 4 * 11_520
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.1)
+    outputs(tuned, inputs).square().mean().backward()
+    optimizer.step()
+    wanted = outputs(tuned, inputs).detach()
+    merged = merge(tuned)
+    assert torch.allclose(outputs(merged, inputs), wanted, atol=1e-6)
+    places, changed = mask.per_tensor(), 0
+    for name, parameter in backbone_parameters(merged).items():
+        different = (parameter != before[name]).view(-1).nonzero().view(-1)
+        if name in places:
+            assert set(different.tolist()) <= set(places[name].tolist()), name
+            changed += len(different)
+        else:
+            assert not len(different) or name.endswith(("intermediate.dense.bias", "output.dense.bias")), name
+    assert changed > 0.9 * mask.k
+
+
 def test_a_second_attachment_is_refused() -> None:
     tuned = trained("mask")
     wanted = outputs(tuned)
