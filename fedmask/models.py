@@ -59,8 +59,14 @@ def load_backbone(name: str) -> Backbone:
     source = model_source(name)
     with _quiet(), _load_errors(name), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what the checkpoint lacks is drawn: a pooler, which is no part of the backbone
-        model = AutoModel.from_pretrained(source, dtype=torch.float32)
+        model, report = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
+    lacking = sorted(set(report["missing_keys"]) & backbone_parameters(model).keys())
+    if lacking:  # they would be random, and nobody would know
+        raise ConfigError(
+            f"model {name!r}: its checkpoint lacks {lacking[0]} and {len(lacking) - 1} more tensors that its "
+            "config.json asks for; use the weights and config of one model"
+        )
     if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 2:  # made up from the model's type alone
         raise ConfigError(
             f"model {name!r}: its tokenizer knows no words; save the tokenizer's files beside the model's"
