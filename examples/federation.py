@@ -31,9 +31,8 @@ def federate(config):
             up = train(models[task], rows, down, plan, base.pad_id, seed, round, client) - down
             replies.append((task, len(rows), up))
             total[task] += len(rows)
-        # The mean over all clients: within a task its rows weigh, and tasks weigh equally.
         shared = sum(n / total[task] / len(heads) * (shared + up[:s]) for task, n, up in replies)
-        for name in heads:  # a head is the mean over the clients of its own task
+        for name in heads:  # above, tasks weigh equally; a head is the mean over its own task's clients
             change = sum(n * up[s:].astype(float) for task, n, up in replies if task == name)
             heads[name] = (heads[name] + change / total[name]).astype(np.float32)
     return shared, heads
@@ -57,4 +56,5 @@ def train(model, rows, vector, plan, pad_id, seed, round, client):
 
 
 if __name__ == "__main__":
-    federate(from_dict({"tasks": [{"name": "bbc", "clients": 2}], "partition": {"held_out": 0.0}}))
+    bbc = {"tasks": [{"name": "bbc", "clients": 2}], "partition": {"held_out": 0.0}, "rounds": 1}
+    print(*federate(from_dict(bbc)), sep="\n")

@@ -66,8 +66,16 @@ class Workspace:
 
     @cached_property
     def backbone(self) -> Backbone:
-        """The pre-trained model in the precision in use (until then float32), pristine between uses."""
-        backbone = load_backbone(self.config.model)
+        """The pre-trained model in the precision in use (until then float32), pristine between uses.
+
+        ConfigError if texts are longer than it can read.
+        """
+        backbone, asked = load_backbone(self.config.model), self.config.train.max_tokens
+        if backbone.most_tokens is not None and asked > backbone.most_tokens:
+            raise ConfigError(
+                f"train.max_tokens: model {self.config.model!r} reads at most {backbone.most_tokens} tokens, "
+                f"found {asked}; lower it"
+            )
         cast(backbone.model, self._precision or "fp32")
         return backbone
 

@@ -26,6 +26,9 @@ def backbone(name: str) -> Any:
 
         torch.manual_seed(0)
         model = BertModel(BertConfig(**MODELS[SHAPES[name]]), add_pooling_layer=False)
+        for key, parameter in model.named_parameters():
+            if key.endswith("dense.bias"):  # fresh ones are all zero, which no checkpoint's are
+                nn.init.normal_(parameter, std=0.02)
     set_torch_dropout(model, 0.0)
     return model.train()
 

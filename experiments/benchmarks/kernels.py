@@ -20,8 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -29,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from experiments.benchmarks.measuring import in_turns
 from fedmask.kernels import Pattern, available_kernels, choose_kernel, sampled_weight_gradient
 
 SHAPES = ((384, 384), (1536, 384), (768, 768), (3072, 768), (1024, 4096))
@@ -45,18 +45,6 @@ def random_pattern(outputs: int, inputs: int, density: float) -> Pattern:
     size = outputs * inputs
     chosen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[: round(density * size)]
     return Pattern.from_flat(chosen.sort().values, (outputs, inputs))
-
-
-def in_turns(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, the functions taking turns; the first turn is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def measure(

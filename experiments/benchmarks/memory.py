@@ -1,9 +1,10 @@
 """Memory of one training step, above the frozen floor: ``python -m experiments.benchmarks.memory``.
 
 Exact, not timed: every allocation of PyTorch during a step is counted, and the peak is compared with the
-floor's (see ``step``), once in float32 and for ours in bfloat16 too. ``kept``: what the forward pass keeps for
-the backward pass, parameters apart; a layer whose weight is trained keeps its input. ``rest``: gradients and
-scratch. ``state``: values, gradients and two moments of what is trained. ``beside``: masks, indices, references.
+floor's (see ``step``), in float32 and for ours in bfloat16 too. ``kept``: what the forward pass keeps for the
+backward pass, parameters apart; a layer whose weight is trained keeps its input. ``rest``: gradients and
+scratch. ``state``: values, gradients and two moments of what is trained. ``beside``: masks, indices,
+references.
 """
 
 from __future__ import annotations

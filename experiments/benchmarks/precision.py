@@ -1,8 +1,8 @@
 """Each method in its best precision and attention: ``python -m experiments.benchmarks.precision``.
 
-Unlike ``step``, this is training as it is used: dropout 0.1 on, our models with our attention and dropout, the
-others as transformers gives them, in float32, under autocast to bfloat16 or with frozen weights in bfloat16,
-with fused (sdpa) or plain (eager) attention; each method's fastest way counts. Steps take turns.
+Unlike ``step``, this is training as it is used: dropout 0.1 on, our models with our attention and dropout,
+the others as transformers gives them, in float32, under autocast to bfloat16 or with frozen weights in
+bfloat16, with fused (sdpa) or plain (eager) attention; each method's fastest way counts. Steps take turns.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def prepare(
 
 
 def measure(shape: str, rows: int, tokens: int, density: float, repeats: int) -> list[dict[str, Any]]:
-    """One row a way: milliseconds, and how many times faster than the dense gradient with a mask in float32."""
+    """One row a way: milliseconds, and how many times faster than dense gradient and mask in float32."""
     model = backbone(shape)
     mask = mask_of(model, density)
     batch, direction = inputs(rows, tokens, model.config.hidden_size)

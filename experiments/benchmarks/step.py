@@ -1,8 +1,8 @@
 """One training step of each method against the frozen floor: ``python -m experiments.benchmarks.step``.
 
 A step is forward, backward and optimizer (AdamW, fused) in float32, without dropout and with transformers'
-default attention for everyone. ``floor``: forward and input gradients, trained is the first layer norm's bias.
-Ratios are medians over turns of a method's time to the floor's in the same turn.
+default attention for everyone. ``floor``: forward and input gradients, with the first layer norm's bias
+trained. Ratios are medians over turns of a method's time to the floor's in the same turn.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def measure(
         name: CONTENDERS[name](with_own_modules(model, share=name not in OWN_MEMORY), mask)
         for name in methods
     }
-    seconds = in_turns(
-        {name: partial(one.step, batch, direction) for name, one in prepared.items()}, repeats
-    )
+    seconds = in_turns({name: partial(one.step, batch, direction) for name, one in prepared.items()}, repeats)
     to_floor = ratios(seconds, "floor")
     return [
         {

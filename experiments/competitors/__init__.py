@@ -11,7 +11,17 @@ from experiments.competitors.packages import lora, shira
 from experiments.competitors.plain import bitfit, floor, full
 from experiments.competitors.sampled import sampled
 
-__all__ = ["CONTENDERS", "Contender", "bitfit", "dense_with_mask", "floor", "full", "lora", "sampled", "shira"]
+__all__ = [
+    "CONTENDERS",
+    "Contender",
+    "bitfit",
+    "dense_with_mask",
+    "floor",
+    "full",
+    "lora",
+    "sampled",
+    "shira",
+]
 
 CONTENDERS = {
     "floor": floor,
@@ -22,4 +32,4 @@ CONTENDERS = {
     "dense-mask": dense_with_mask,
     "full": full,
 }
-"""Name -> a function that prepares a backbone. ``floor`` comes first: it is what the others are divided by."""
+"""Name -> a function that prepares a backbone. ``floor`` comes first: the others are divided by it."""

@@ -32,7 +32,7 @@ class Contender:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=True)
 
     def step(self, inputs: dict[str, torch.Tensor], direction: torch.Tensor) -> None:
-        """One training step: the loss is the last states' product with a fixed ``direction`` (their shape)."""
+        """One training step; the loss: the last states times a fixed ``direction`` (of their shape)."""
         states = self.model(**inputs).last_hidden_state
         (states.float() * direction).mean().backward()
         self.after_backward()

@@ -1,8 +1,8 @@
 """Sparse fine-tuning as published tools do it: the dense gradient, multiplied by a mask.
 
-After FISH Mask (Sung et al., arXiv 2111.09839) and LT-SFT (Ansell et al., arXiv 2110.07560), whose public code
-trains the dense weights and masks their gradients before the optimizer's step. What differs: the mask is
-ours, and its tensors are bool.
+After FISH Mask (Sung et al., arXiv 2111.09839) and LT-SFT (Ansell et al., arXiv 2110.07560), whose public
+code trains the dense weights and masks their gradients before the optimizer's step. What differs: the mask
+is ours, and its tensors are bool.
 """
 
 from __future__ import annotations
