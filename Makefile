@@ -1,7 +1,7 @@
 # make demo   create .venv, install, run a real federation, write runs/demo/ (an older runs/demo is replaced)
 # make test   create .venv if need be, install the dev extra, run every check and test
 # make lint   the checks alone
-# make bench  the benchmarks
+# make bench  the benchmarks; results go to runs/benchmarks
 #
 # Variables:
 #   PYTHON=python3.12     the interpreter that makes .venv (3.11 or newer)
@@ -45,8 +45,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m experiments.benchmarks.kernels
-	$(BIN)/python -m experiments.benchmarks.codecs
+	$(BIN)/python -m experiments.benchmarks
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

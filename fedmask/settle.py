@@ -17,7 +17,7 @@ from fedmask.tasks import Tokenized, batches
 from fedmask.training import Stream, batch_loss, tuned
 from fedmask.workspace import Workspace
 
-_ROWS = 16
+_ROWS = 8
 _TURNS = 5
 _LEAST_TURNS = 3
 

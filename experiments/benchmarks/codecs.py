@@ -10,10 +10,12 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.benchmarks.measuring import machine
 from fedmask.codecs import (
     encode_update,
     index_entropy_bytes,
@@ -96,9 +98,9 @@ def measure_values(codec: str, repeats: int, count: int = 50_000, copies: int = 
 
 
 def main() -> None:
-    """Print both tables, or JSON with ``--json``."""
+    """Print both tables, write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, help="file to write all numbers to")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     cases = [(size, density) for size in SIZES for density in DENSITIES if density * size <= MOST]
@@ -107,8 +109,7 @@ def main() -> None:
         "values": [measure_values(codec, options.repeats) for codec in VALUE_CODECS],
     }
     if options.json:
-        print(json.dumps(result))
-        return
+        options.json.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
     for title, rows in result.items():
         print(title)
         print("  " + "  ".join(rows[0]))

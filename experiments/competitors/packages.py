@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from experiments.competitors.base import Contender, count
@@ -21,6 +23,7 @@ def shira(model: nn.Module, mask: Mask) -> Contender:
     """Random entries of every linear layer in the blocks, of rank 1: as near to 0.5 % as peft gets."""
     from peft import ShiraConfig
 
+    torch.sparse.check_sparse_tensor_invariants.disable()  # as by default, but without a warning
     inside = r".*\.layer\.\d+\..*(query|key|value|dense)"
     return _wrapped(model, ShiraConfig(r=1, target_modules=inside, random_seed=0))
 
@@ -28,7 +31,9 @@ def shira(model: nn.Module, mask: Mask) -> Contender:
 def _wrapped(model: nn.Module, config: Any) -> Contender:
     from peft import get_peft_model
 
-    wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+    with warnings.catch_warnings():  # peft 0.21 asks transformers for something under its old name
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
     chosen = [p for p in wrapped.parameters() if p.requires_grad]
     # SHiRA keeps a row and a column number, int32 each, for each of its values.
     indices = count(chosen) * 8 if type(config).__name__ == "ShiraConfig" else 0

@@ -1,0 +1,98 @@
+"""The benchmarks run, and what they count without a clock is what is promised. Timings are never asserted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.benchmarks import __main__ as everything
+from experiments.benchmarks import latency, memory, precision, step
+from experiments.benchmarks.measuring import in_turns, ratios
+from experiments.competitors import CONTENDERS
+
+SMALL = ["--models", "minilm", "--rows", "1", "--tokens", "8", "--threads", "1", "--repeats", "1"]
+K = 53_084  # 0.5 % of MiniLM's linear weights
+
+
+def result(main: Any, arguments: list[str], path: Path) -> dict[str, Any]:
+    assert main([*arguments, "--json", str(path)]) == 0
+    found: dict[str, Any] = json.loads(path.read_text())
+    assert {"processor", "cores", "amx", "load", "torch", "threads"} <= set(found["machine"])
+    return found
+
+
+def test_memory_that_a_step_needs(tmp_path: Path) -> None:
+    """With so few tokens what counts is what belongs to the weights: k values, or all of them."""
+    rows = {
+        (row["method"], row["precision"]): row for row in result(memory.main, SMALL, tmp_path / "m")["memory"]
+    }
+    ours, dense, whole = rows["fedmask", "fp32"], rows["dense-mask", "fp32"], rows["full", "fp32"]
+    assert ours["trained"] == dense["trained"] == K
+    assert ours["state_bytes"] == 16 * K
+    assert dense["state_bytes"] == 16 * 10_616_832
+    scratch = 32 * 4 * (1536 + 384) + 2 * 4 * 3_000  # a block of the widest layer's tokens, and its sums
+    assert ours["kept_above_floor"] == dense["kept_above_floor"]
+    assert ours["rest_above_floor"] <= 16 * K + scratch
+    assert dense["rest_above_floor"] > 4 * 10_000_000 * 0.9
+    assert whole["rest_above_floor"] > 4 * 22_000_000 * 0.9
+    assert rows["fedmask", "bf16"]["kept_bytes"] < 0.6 * ours["kept_bytes"]
+    assert rows["lora", "fp32"]["state_bytes"] == 16 * 73_728
+
+
+def test_steps_of_all_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = result(step.main, SMALL, tmp_path / "s")["steps"]
+    assert [row["method"] for row in rows] == list(CONTENDERS)
+    assert rows[0]["ratio_to_floor"] == 1.0
+    assert all(row["ms"] > 0 for row in rows)
+    assert "53,084" in capsys.readouterr().out
+
+
+def test_precisions(tmp_path: Path) -> None:
+    rows = result(precision.main, SMALL, tmp_path / "p")["steps"]
+    assert len(rows) == len(precision.WAYS)
+    (base,) = [row for row in rows if row["way"] == precision.BASE]
+    assert base["times_faster"] == 1.0
+
+
+def test_latency(tmp_path: Path) -> None:
+    arguments = ["--models", "minilm", "--threads", "1", "--repeats", "1"]
+    rows = result(latency.main, arguments, tmp_path / "l")["latency"]
+    assert {row["variant"] for row in rows} == {"original", "merged", "lora unmerged"}
+
+
+def test_what_takes_turns_is_compared_turn_by_turn() -> None:
+    calls: list[str] = []
+    found = in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=3)
+    assert "".join(calls) == "abababab"
+    assert [len(times) for times in found.values()] == [3, 3]
+    slow_turn = {"a": [1.0, 10.0, 1.0], "b": [2.0, 20.0, 2.0]}
+    assert ratios(slow_turn, "a") == {"a": 1.0, "b": 2.0}
+
+
+def test_one_command_runs_the_named_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 3 if command[2].endswith("one") else 0)
+
+    monkeypatch.setattr(everything, "NAMES", ("one", "two"))
+    monkeypatch.setattr(everything.subprocess, "run", run)
+    assert everything.main(["--to", str(tmp_path / "new"), "two"]) == 0
+    assert everything.main(["--to", str(tmp_path)]) == 3  # the first that fails ends it
+    assert [command[2:] for command in ran] == [
+        ["experiments.benchmarks.two", "--json", str(tmp_path / "new" / "two.json")],
+        ["experiments.benchmarks.one", "--json", str(tmp_path / "one.json")],
+    ]
+    with pytest.raises(SystemExit):
+        everything.main(["speed"])
+
+
+def test_every_benchmark_is_in_the_command() -> None:
+    folder = Path(everything.__file__).parent
+    helpers = {"__init__", "__main__", "backbones", "measuring"}
+    assert {path.stem for path in folder.glob("*.py")} - helpers == set(everything.NAMES)
