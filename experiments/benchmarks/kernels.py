@@ -149,9 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
     options = parser.parse_args(arguments)
     if "sampled" not in available_kernels():
-        parser.exit(
-            2, "numba is not installed, so there is nothing to compare: pip install numba\n"
-        )
+        parser.exit(2, "numba is not installed, so there is nothing to compare: pip install numba\n")
     start = first_call()
     grid = (options.shapes, options.densities, options.tokens, options.threads, options.precisions)
     rows = list(measure(*grid, repeats=options.repeats))

@@ -23,7 +23,8 @@ def shira(model: nn.Module, mask: Mask) -> Contender:
     """Random entries of every linear layer in the blocks, of rank 1: as near to 0.5 % as peft gets."""
     from peft import ShiraConfig
 
-    torch.sparse.check_sparse_tensor_invariants.disable()  # as by default, but without a warning
+    # As it is by default, but without a warning about it.
+    torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
     inside = r".*\.layer\.\d+\..*(query|key|value|dense)"
     return _wrapped(model, ShiraConfig(r=1, target_modules=inside, random_seed=0))
 
@@ -33,7 +34,7 @@ def _wrapped(model: nn.Module, config: Any) -> Contender:
 
     with warnings.catch_warnings():  # peft 0.21 asks transformers for something under its old name
         warnings.simplefilter("ignore", FutureWarning)
-        wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+        wrapped = get_peft_model(model, config)
     chosen = [p for p in wrapped.parameters() if p.requires_grad]
     # SHiRA keeps a row and a column number, int32 each, for each of its values.
     indices = count(chosen) * 8 if type(config).__name__ == "ShiraConfig" else 0
