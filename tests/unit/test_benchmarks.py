@@ -94,5 +94,14 @@ def test_one_command_runs_the_named_ones(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_every_benchmark_is_in_the_command() -> None:
     folder = Path(everything.__file__).parent
-    helpers = {"__init__", "__main__", "backbones", "measuring"}
+    helpers = {"__init__", "__main__", "backbones", "measuring", "tables"}
     assert {path.stem for path in folder.glob("*.py")} - helpers == set(everything.NAMES)
+
+
+def test_the_page_shows_the_published_results() -> None:
+    from experiments.benchmarks import tables
+
+    text = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.filled(text, tables.RESULTS) == text
+    for name in tables.TABLES:
+        assert f"<!-- {name} -->\n| " in text, f"no table of {name}"
