@@ -80,6 +80,36 @@ def _check_docstring(where: str, value: type | object) -> None:
             assert inspect.getdoc(getattr(value, name)), f"{where}.{name} has no docstring"
 
 
+ARRAYS = re.compile(r"^[^\[]*\b(ndarray|NDArray|Tensor)\b")
+# What tells a reader how an array must look: a shape, a type of number, or what its entries are.
+SHAPES = re.compile(r"\[[^\]]*\]|\b(u?int|float)\d+\b|\b(scalar|flat|shape|indices|integers)\b")
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_public_functions_say_what_they_do_and_how_arrays_look(path: Path) -> None:
+    module = importlib.import_module(dotted(path))
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(value):
+            _check_docstring(f"{module.__name__}.{name}", value)
+            own = [key for key, member in vars(value).items() if inspect.isfunction(member)]
+            found = {key: getattr(value, key) for key in own if not key.startswith("_") and key != "forward"}
+        else:
+            found = {"": value} if inspect.isfunction(value) else {}
+        for key, function in found.items():
+            words = inspect.getdoc(function) or ""
+            assert words, f"{module.__name__}.{name}.{key} has no docstring"
+            if any(ARRAYS.match(str(kind)) for kind in function.__annotations__.values()):
+                assert SHAPES.search(words), (
+                    f"{module.__name__}.{name}.{key} does not say how its arrays look"
+                )
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_modules_are_small_and_say_what_they_are(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
