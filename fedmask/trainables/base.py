@@ -86,7 +86,7 @@ class Trainable(nn.Module, ABC):
 
     @abstractmethod
     def effective(self, slot: int, tensor: torch.Tensor) -> torch.Tensor:
-        """What the slot's module sees instead of ``tensor`` (its shape and dtype), differentiable in ``values``."""
+        """What the slot's module sees instead of ``tensor`` (of its shape), differentiable in ``values``."""
 
     def restore(self) -> None:
         """Put back every value of the model that was written in place."""

@@ -126,7 +126,7 @@ def is_matrix(slot: Slot) -> bool:
 
 
 def flat(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter's storage as one row ``[n]``; an error where that would be a copy (writes would be lost)."""
+    """The parameter's storage as one row ``[n]``; an error where that would be a copy (writes get lost)."""
     return parameter.detach().view(-1)
 
 
