@@ -85,6 +85,11 @@ class RunProgress:
         if row["rejected"]:
             count = len(row["rejected"])
             parts.append(f"{count} {'reply' if count == 1 else 'replies'} not used")
+        usable, used = len(row.get("replied", ())), len(row.get("selected", ()))
+        if row.get("note"):
+            parts.append(row["note"])
+        elif used < usable:
+            parts.append(f"the strategy used {used} of {usable} replies")
         self.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
 
     def _clients_again(self, total: int) -> None:

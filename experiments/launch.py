@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.display import RunProgress, print_json, print_table
-from experiments.results import comparisons, measured_bytes, quality, score, size, traffic, trained
+from experiments.results import comparisons, measured_bytes, messages, quality, score, size, traffic, trained
 from experiments.runs import Run, read_run
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError, unknown
@@ -141,6 +141,9 @@ def _show(run: Run, report: Path, *, as_json: bool) -> None:
             for row in rows
         ),
     )
-    whole = sum(run.ledger.total(kind=kind).message_bytes for kind in ("mask", "train"))
+    whole = messages(run)
+    evaluation = run.ledger.total(kind="evaluate").payload_bytes
+    if evaluation:
+        print(f"Not in it: {size(evaluation)} of payload for the closing evaluation on the clients.")
     print(f"Whole Flower messages: {size(whole)} for {size(measured_bytes(run))} of payload.")
     print(f"Report: {report}")
