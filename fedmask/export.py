@@ -76,7 +76,7 @@ def export_run(run: str | Path, to: str | Path, *, overwrite: bool = False) -> l
 
     With head ``mean`` a folder loads with ``AutoModel`` and has ``head.safetensors`` beside it; with
     ``hf`` it loads with ``AutoModelForSequenceClassification``. ConfigError if the run is not finished
-    or a folder exists; CheckpointError if the pre-trained model is another one. ``overwrite``: the files of an
+    or a folder exists; CheckpointError if the pre-trained model is another one. ``overwrite``: files of an
     older export there are replaced (by its ``fedmask-export.json``); a folder that is no export is refused.
     """
     run, to = Path(run), Path(to)
