@@ -28,8 +28,8 @@ from server.joining import join
 from server.observer import Silent
 from server.rounds import Federation, RunState, most_claims
 from server.strategy import ServerStrategy
-from tests.apps.conftest import make_model
 from tests.apps.grids import read_rows, run_on
+from tests.support import save_checkpoint
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -264,7 +264,7 @@ def test_a_refused_run_leaves_nothing_new_and_nothing_less(
 ) -> None:
     changes, said = REFUSALS[case]
     if case.startswith("a model"):
-        changes = changes | {"model": str(make_model(tmp_path / "flat", layers=0))}
+        changes = changes | {"model": str(save_checkpoint(tmp_path / "flat", num_hidden_layers=0))}
     if case.startswith("a score"):
         monkeypatch.setattr("server.app.central_scores", _no_memory)
     runs = tmp_path / "runs"
@@ -325,7 +325,7 @@ def test_a_failing_comparison_does_not_lose_the_run(
 def test_methods_without_a_mask_need_no_linear_layers(
     make_config: MakeConfig, tmp_path: Path, method: str
 ) -> None:
-    model = make_model(tmp_path / "flat", layers=0)
+    model = save_checkpoint(tmp_path / "flat", num_hidden_layers=0)
     summary = run_inprocess(make_config(model=str(model), method=method, rounds=1)).summary
     assert (set(summary["costs"]), summary["notes"]) == ({"full"}, [])
 
