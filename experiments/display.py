@@ -61,7 +61,10 @@ class RunProgress:
 
     def on_round_start(self, round: int, clients: tuple[int, ...]) -> None:
         """Start the clients' bar anew."""
-        self._clients_again(len(clients) or self.everyone)  # round 0: all of them join
+        self._clients_again(len(clients) or self.everyone)  # before the first round all of them join
+        if round and not clients:
+            self.progress.update(self.rounds, completed=round)
+            self.console.print(f"going on after round {round}", highlight=False)
 
     def on_reply(self, client: int) -> None:
         """One client more has answered."""
@@ -82,6 +85,11 @@ class RunProgress:
         if row["rejected"]:
             count = len(row["rejected"])
             parts.append(f"{count} {'reply' if count == 1 else 'replies'} not used")
+        usable, used = len(row.get("replied", ())), len(row.get("selected", ()))
+        if row.get("note"):
+            parts.append(row["note"])
+        elif used < usable:
+            parts.append(f"the strategy used {used} of {usable} replies")
         self.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
 
     def _clients_again(self, total: int) -> None:

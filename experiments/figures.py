@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.runs import Run
-from fedmask.ledger import Totals
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,11 +51,17 @@ def draw_figures(run: Run, folder: Path) -> list[str]:
 
 
 def cumulative_megabytes(run: Run) -> dict[int, float]:
-    """Round -> MB (1e6 bytes) of payload over all clients, both directions, up to and with it."""
-    by_round = run.ledger.totals("round")
+    """Round -> MB (1e6 bytes) of payload over all clients, both directions, up to and with it.
+
+    Masks and training: the closing evaluation carries the last round's number, but no score cost it.
+    """
+    by_round: dict[int, int] = {}
+    for sent in run.ledger:
+        if sent.kind != "evaluate" and sent.status != "aborted":
+            by_round[sent.round] = by_round.get(sent.round, 0) + sent.payload_bytes
     out, total = {}, 0
     for row in run.rounds:
-        total += by_round.get((row["round"],), Totals()).payload_bytes
+        total += by_round.get(row["round"], 0)
         out[row["round"]] = total / 1e6
     return out
 
@@ -121,15 +126,22 @@ def _rounds(run: Run, figure: Figure) -> None:
             if points:
                 axes.plot(
                     *zip(*points, strict=True), color=colour, linestyle=line, marker=marker,
-                    markersize=6 - shade, fillstyle="full" if shade == 0 else "none",
-                    markevery=_every(points), clip_on=False,
+                    markevery=_every(points), clip_on=False, **_marker(shade),
                 )  # fmt: skip
         axes.set_title(f"{task} ({run.metrics[task]})", loc="left")
         axes.set_xlabel("round")
         axes.xaxis.get_major_locator().set_params(integer=True)
     grid[0].set_ylabel("score")
-    key = [Line2D([], [], color="#444444", linestyle=line, label=label) for _, line, label in kinds]
+    key = [
+        Line2D([], [], color="#444444", linestyle=line, label=label, marker=MARKERS[0], **_marker(shade))
+        for shade, (_, line, label) in enumerate(kinds)
+    ]
     figure.legend(handles=key, loc="outside lower center", ncols=len(kinds))
+
+
+def _marker(shade: int) -> dict[str, Any]:
+    """Filled for the first kind of score, hollow and smaller for the others."""
+    return {"markersize": 6 - shade, "fillstyle": "full" if shade == 0 else "none"}
 
 
 def _labels(run: Run, figure: Figure) -> None:

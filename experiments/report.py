@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.figures import LABELS, QUALITY, ROUNDS, draw_figures
 from experiments.report_template import TEMPLATE
-from experiments.results import comparisons, quality, score, size, traffic, trained
+from experiments.results import comparisons, quality, repeated, score, size, traffic, trained, usable
 from experiments.runs import Run, read_run
 
 
@@ -46,10 +46,20 @@ def render(run: Run) -> str:
         comparisons=comparisons(run),
         overlap=run.summary.get("overlap"),
         evaluation=run.ledger.total(kind="evaluate"),
-        lost=[{"round": row["round"], **reply} for row in run.rounds for reply in row["rejected"]],
+        lost=_lost(run),
+        kept=usable(run),
+        notes=[(row["round"], row["note"]) for row in run.rounds if row.get("note")],
+        remarks=run.summary.get("notes", []),
+        repeated=repeated(run),
+        resumed=[one["after_round"] for one in run.record.get("resumed", [])],
         figures={"quality": QUALITY, "rounds": ROUNDS, "labels": LABELS},
         identity=_identity(run),
     )
+
+
+def _lost(run: Run) -> list[dict[str, Any]]:
+    replies = [{"round": row["round"], **reply} for row in run.rounds for reply in row["rejected"]]
+    return replies + [{"round": "end", **reply} for reply in run.summary.get("unscored", [])]
 
 
 def _cell(value: Any) -> Any:

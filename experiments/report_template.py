@@ -50,6 +50,10 @@ mean Jaccard index {{ score(overlap.mean_jaccard) }}).
 {%- else -%}
 The union of unequal masks is that of independent ones, an upper bound.
 {%- endif %}
+{% if facts.k -%}
+In round 1 that union is still empty, so a mask per client downloads nothing of it yet: a short run
+flatters it.
+{% endif -%}
 
 What the other ways' bytes do not show:
 
@@ -60,6 +64,15 @@ What the other ways' bytes do not show:
 Evaluating the final model on the clients' held-out rows moved {{ size(evaluation.payload_bytes) }} of payload more.
 
 {% endif -%}
+{% if resumed -%}
+The run was interrupted and went on after round {{ resumed | join(", ") }}. Rounds that broke off and joining
+again moved {{ size(repeated) }} of payload more, which no table above counts.
+
+{% endif -%}
+{% for remark in remarks -%}
+Note: {{ remark }}.
+
+{% endfor -%}
 ## Who holds what
 
 ![training rows by client and label](figures/{{ figures.labels }})
@@ -77,7 +90,16 @@ Evaluating the final model on the clients' held-out rows moved {{ size(evaluatio
 {% for row in lost -%}
 | {{ row.round }} | {{ row.client }} | {{ row.reason }} |
 {% endfor %}
-{%- else -%}
+{% endif -%}
+{% if kept.selected < kept.replied -%}
+The strategy `{{ config.server.strategy }}` used {{ kept.selected }} of {{ kept.replied }} usable replies: it left out
+{{ kept.replied - kept.selected }} (`selected` in rounds.jsonl has those that it used, round by round).
+
+{% endif -%}
+{% for round, note in notes -%}
+- Round {{ round }}: {{ note }}.
+{% endfor -%}
+{% if not lost and kept.selected == kept.replied and not notes -%}
 None: every reply of every round was used.
 {% endif %}
 ## What these figures are, and are not
@@ -90,7 +112,8 @@ None: every reply of every round was used.
   sqrt(p (1 - p) / n); the dev scores here stand on at most {{ config.eval_rows }} rows,
   shared equally by the tasks.
 - *Held-out rows, after local training* is each client's own model on its own rows (personalized);
-  *as received* is the shared model on the same rows. Both are means over the sampled clients.
+  *as received* is the shared model on the same rows. Both are means over the
+  round's usable replies, weighted by held-out rows.
 
 ## To run it again
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from fedmask.training import Stream, tuned
 from fedmask.tuner import merge
 from fedmask.workspace import Workspace
 
+_MANIFEST = "fedmask-export.json"
 _CARD = """\
 ---
 library_name: transformers
@@ -73,19 +76,54 @@ def export_run(run: str | Path, to: str | Path, *, overwrite: bool = False) -> l
 
     With head ``mean`` a folder loads with ``AutoModel`` and has ``head.safetensors`` beside it; with
     ``hf`` it loads with ``AutoModelForSequenceClassification``. ConfigError if the run is not finished
-    or a folder exists (unless ``overwrite``); CheckpointError if the pre-trained model is another one.
+    or a folder exists; CheckpointError if the pre-trained model is another one. ``overwrite``: files of an
+    older export there are replaced (by its ``fedmask-export.json``); a folder that is no export is refused.
     """
     run, to = Path(run), Path(to)
     workspace, delta = open_run(run)
     folders = {task: to / task for task in workspace.tasks}
     for task, folder in folders.items():  # all is checked before anything is written
         vector_of(workspace, task, delta)
-        if folder.exists() and any(folder.iterdir()) and not overwrite:
-            raise ConfigError(f"export: {folder} exists; give another folder or --overwrite")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if not overwrite:
+                raise ConfigError(f"export: {folder} exists; give another folder or --overwrite")
+            _older_files(folder)
     for task, folder in folders.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(workspace, task, merged(workspace, task, delta), folder)
+        part = folder.with_name(f".{folder.name}.part")  # no task's name begins so
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        try:
+            _write(workspace, task, merged(workspace, task, delta), part)
+            _replace(folder, part)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return list(folders.values())
+
+
+def _older_files(folder: Path) -> list[Path]:
+    """The files that an older export wrote into ``folder``. ConfigError if it is none."""
+    try:
+        names = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        found = [folder / name for name in names]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"export: {folder}: expected an older export to overwrite, found something else; remove it"
+        ) from error
+    inside = folder.resolve()
+    return [path for path in found if path.parent.resolve().is_relative_to(inside)]
+
+
+def _replace(folder: Path, part: Path) -> None:
+    """Move the files of ``part`` into ``folder``; what an older export wrote there goes, the rest stays."""
+    files = sorted(path.relative_to(part) for path in part.rglob("*") if path.is_file())
+    listed = {"files": [path.as_posix() for path in files]}
+    (part / _MANIFEST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+    if (folder / _MANIFEST).is_file():
+        for old in _older_files(folder):
+            old.unlink(missing_ok=True)
+    for path in (Path(_MANIFEST), *files):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(part / path, folder / path)
 
 
 def open_run(run: Path) -> tuple[Workspace, Delta]:

@@ -219,7 +219,7 @@ class Workspace:
         return self._rows[task][index]
 
     def split(self, partition: int) -> tuple[np.ndarray, np.ndarray]:
-        """The client's rows as (train, held out), both of the task's train split."""
+        """The client's rows as (train, held out): sorted int64 row numbers of the task's train split."""
         task, rows = self.task_of(partition), self.rows(partition)
         rule = self._tasks[task].partition or self.config.partition
         fraction = min(rule.held_out, rule.held_out_max / len(rows))
@@ -291,7 +291,7 @@ class Workspace:
         return gradient_mask(model, losses, self.rule)
 
     def evaluate(self, task: str, vector: np.ndarray, data: Tokenized) -> dict[str, float]:
-        """Loss and metric of the model at ``vector`` on ``data``."""
+        """Loss and metric of the model at ``vector`` (float32, as ``layout(task)`` says) on ``data``."""
         model = self.model(task)
         with tuned(model, vector, Stream(self.config.seed, -1, -1)):
             return evaluate(model, data, self.data(task).metric, self.backbone.pad_id)

@@ -20,9 +20,10 @@ def central_scores(
 ) -> Scores:
     """``{task: {"loss": ..., metric: ...}}`` on ``split`` ("dev" or "test").
 
-    ``rows``: at most that many in all, the same number for each task (None: every row). Tasks without
-    rows in that split are left out. Runs with this process's own number of threads, not the clients':
-    a loss may differ in its last bits between machines, the trained vector does not.
+    ``shared`` and each of ``heads``: float32, flat. ``rows``: at most that many in all, the same number for
+    each task (None: every row). Tasks without rows in that split are left out. Runs with this process's
+    own number of threads, not the clients': a loss may differ in its last bits between machines, the
+    trained vector does not.
     """
     most = None if rows is None else max(1, rows // len(workspace.tasks))
     out: Scores = {}

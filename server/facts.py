@@ -27,15 +27,13 @@ def run_record(workspace: Workspace, engine: str, measured: dict[str, float]) ->
         "engine": engine,
         "recipe": json.loads(recipe.to_json()) if recipe else None,
         "checkpoint_digest": workspace.checkpoint_digest,
-        "facts": {
-            "precision": {
-                "asked": workspace.config.precision,
-                "used": workspace.precision,
-                "seconds_per_step": measured,
-                "kernels": list(available_kernels()),
-            },
-            **_facts(workspace, workspace.config),
+        "precision": {
+            "asked": workspace.config.precision,
+            "used": workspace.precision,
+            "seconds_per_step": measured,
+            "kernels": list(available_kernels()),
         },
+        "facts": _facts(workspace, workspace.config),
     }
 
 

@@ -83,9 +83,15 @@ def made_run() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any
                     {"round": round, "client": client, "direction": direction, "kind": "train",
                      "payload_bytes": size, "message_bytes": size + 1000, "status": status}
                 )  # fmt: skip
+    for client, size in ((0, 504), (1, 504), (2, 516)):  # the closing evaluation has the last round's number
+        for direction, payload in (("down", size), ("up", 0)):
+            ledger.append(
+                {"round": 2, "client": client, "direction": direction, "kind": "evaluate",
+                 "payload_bytes": payload, "message_bytes": payload + 1000, "status": "ok"}
+            )  # fmt: skip
     rounds = []
     for round, (tweets, bbc) in enumerate([(0.33, 0.2), (0.6, 0.8), (0.7, 0.9)]):
-        rows = [row for row in ledger if row["round"] == round]
+        rows = [row for row in ledger if row["round"] == round and row["kind"] != "evaluate"]
         sums = {
             f"{direction}{suffix}": sum(row[key] for row in rows if row["direction"] == direction)
             for direction in ("up", "down")
@@ -101,6 +107,8 @@ def made_run() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any
                 "train_loss": {"tweets": 0.9, "bbc": 0.8} if round else {},
                 "sampled": [0, 1, 2] if round else [],
                 "replied": ([0, 1, 2] if round == 1 else [0, 2]) if round else [],
+                "selected": ([0, 1, 2] if round == 1 else [0, 2]) if round else [],
+                "note": "",
                 "rejected": [{"client": 1, "reason": "a value is not finite"}] if round == 2 else [],
                 "steps": 9 * (round > 0),
                 "bytes": sums,
@@ -114,6 +122,9 @@ def made_run() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any
         "steps": 18,
         "seconds": 5.0,
         "bytes": {key: sum(r["bytes"][key] for r in rounds) for key in rounds[0]["bytes"]},
+        "clients": {"tweets": {"score": 0.6, "clients": 2}, "bbc": {"score": 0.8, "clients": 1}},
+        "unscored": [],
+        "notes": [],
         "overlap": {
             "rule": "gradient",
             "batches": 2,

@@ -197,7 +197,7 @@ def save_task(path: Path, labels: tuple[str, ...], *, rows: int = 160, seed: int
     lines = ["text\tlabel"]
     for row in range(rows):
         others = " ".join(rng.choice(WORDS[10:], size=int(rng.integers(2, 8))))
-        sign = row % max(len(labels), 4)
+        sign = row % (len(labels) or 4)
         label = labels[sign] if labels else f"{sign / 4 + 0.01 * rng.standard_normal():.4f}"
         lines.append(f"{WORDS[sign]} {others}\t{label}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -251,6 +251,14 @@ def run_config(folder: Path, **changes: Any) -> Any:
         "runs_dir": str(folder / "runs"),
     }
     return from_dict(values | changes)
+
+
+def save_two_tasks(folder: Path) -> Path:
+    """``model``, ``mood.tsv`` (2 classes) and ``topic.tsv`` (3 classes), for runs through the apps."""
+    save_checkpoint(folder / "model")
+    save_task(folder / "mood.tsv", ("no", "yes"), rows=240, seed=1)
+    save_task(folder / "topic.tsv", ("sports", "money", "art"), rows=240, seed=2)
+    return folder
 
 
 def save_run_files(folder: Path, architecture: str = "bert") -> Path:

@@ -86,7 +86,7 @@ class Trainable(nn.Module, ABC):
 
     @abstractmethod
     def effective(self, slot: int, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor that the slot's module sees instead of ``tensor``, differentiable in ``values``."""
+        """What the slot's module sees instead of ``tensor`` (of its shape), differentiable in ``values``."""
 
     def restore(self) -> None:
         """Put back every value of the model that was written in place."""
@@ -132,5 +132,5 @@ class Chunks:
 
 
 def full_precision(values: torch.Tensor) -> torch.autocast:
-    """A context without autocast: what is folded must have the bits that training saw."""
+    """A context without autocast where ``values`` (any shape) are: folding must give training's bits."""
     return torch.autocast(values.device.type, enabled=False)

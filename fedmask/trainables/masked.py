@@ -66,7 +66,7 @@ class MaskedEntries(Trainable):
         return self._chunks.get(self.values)[self._order[name]]
 
     def written(self, name: str) -> torch.Tensor:
-        """``entry(name)``, after the weight has been brought up to date with it.
+        """``entry(name)`` (float32), after the weight has been brought up to date with it.
 
         Compared by value: optimizers that write through ``values.data`` leave no other trace.
         """
@@ -126,7 +126,7 @@ def is_matrix(slot: Slot) -> bool:
 
 
 def flat(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter's storage as one row; an error where that would be a copy (writes would be lost)."""
+    """The parameter's storage as one row ``[n]``; an error where that would be a copy (writes get lost)."""
     return parameter.detach().view(-1)
 
 

@@ -17,8 +17,8 @@ from fedmask.config import RunConfig
 from fedmask.errors import FederationError
 from fedmask.flower import ARRAYS, CONFIG, MASK, RECIPE, record_bytes
 from fedmask.workspace import get_workspace
-from tests.apps.conftest import make_model
 from tests.apps.grids import read_rows, run_on
+from tests.support import save_checkpoint
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -36,7 +36,7 @@ def _joining(grid: RecordingGrid, kind: str) -> list[Message]:
     return [message for message in grid.sent if message.metadata.message_type == kind]
 
 
-def test_the_offer_is_one_recipe_of_at_most_256_bytes(make_config: MakeConfig) -> None:
+def test_the_offer_is_one_recipe_of_less_than_256_bytes(make_config: MakeConfig) -> None:
     grid = RecordingGrid(make_config(rounds=1))
     result = run_on(grid)
     offers = _joining(grid, "query.join")
@@ -44,14 +44,14 @@ def test_the_offer_is_one_recipe_of_at_most_256_bytes(make_config: MakeConfig) -
     for message in offers:
         assert set(message.content) == {CONFIG}
         assert set(message.content[CONFIG]) == {RECIPE}
-        assert len(str(message.content[CONFIG][RECIPE]).encode()) <= 256
+        assert len(str(message.content[CONFIG][RECIPE]).encode()) < 256
     assert not _joining(grid, "query.mask")
     down = [
         row
         for row in read_rows(result.folder, "ledger")
         if (row["kind"], row["direction"]) == ("mask", "down")
     ]
-    assert all(0 < row["payload_bytes"] <= 256 < row["message_bytes"] for row in down)
+    assert all(0 < row["payload_bytes"] < 256 < row["message_bytes"] for row in down)
     # One array a message, and nothing but the round beside it.
     for message in _joining(grid, "train"):
         arrays = message.content.array_records[ARRAYS]
@@ -103,7 +103,7 @@ def test_a_client_that_derives_another_mask_gets_it_and_keeps_it(make_config: Ma
 
 def test_another_checkpoint_is_refused_by_name(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
-    other = config.model_copy(update={"model": str(make_model(tmp_path / "other", seed=9))})
+    other = config.model_copy(update={"model": str(save_checkpoint(tmp_path / "other", seed=9))})
 
     def mixed(config: RunConfig) -> Callable[[Message, Context], Message]:
         def app(message: Message, context: Context) -> Message:
@@ -125,7 +125,7 @@ def test_methods_without_a_mask_still_compare_checkpoints(
     make_config: MakeConfig, tmp_path: Path, method: str
 ) -> None:
     config = make_config(method=method, rounds=1)
-    other = config.model_copy(update={"model": str(make_model(tmp_path / "other", seed=9))})
+    other = config.model_copy(update={"model": str(save_checkpoint(tmp_path / "other", seed=9))})
     with pytest.raises(FederationError, match=r"client \d refuses"):
         run_on(InProcessGrid(config, make_app=lambda _config: make_client_app(other)))
 

@@ -17,6 +17,7 @@ from fedmask.config import RunConfig
 from fedmask.precision import PRECISIONS
 from fedmask.workspace import Workspace
 from server.app import RunResult
+from server.observer import Silent
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -78,14 +79,14 @@ def test_a_choice_that_was_measured_is_recorded_and_repeated(make_config: MakeCo
     first = run(make_config(precision="auto"))
     path = first.folder / "config.json"
     record = json.loads(path.read_text())
-    facts = record["facts"]["precision"]
+    facts = record["precision"]
     assert facts["asked"] == "auto"
     assert set(facts["seconds_per_step"]) == set(PRECISIONS)
     assert facts["used"] == min(PRECISIONS, key=facts["seconds_per_step"].get)
     assert record["config"]["precision"] == facts["used"]
     again = run(RunConfig(**record["config"] | {"name": "again"}))
     assert digest(again) == digest(first)
-    stated = json.loads((again.folder / "config.json").read_text())["facts"]["precision"]
+    stated = json.loads((again.folder / "config.json").read_text())["precision"]
     assert stated == facts | {"asked": facts["used"], "seconds_per_step": {}}
 
 
@@ -105,3 +106,24 @@ def test_a_client_that_was_told_no_precision_says_so(make_config: MakeConfig) ->
 
     with pytest.raises(FederationError, match="expected a join message with the precision"):
         run(make_config(precision="auto"), make_app=deaf)
+
+
+@pytest.mark.parametrize("chosen", PRECISIONS)
+def test_a_resumed_run_keeps_its_choice(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    expected = digest(run(make_config(precision=chosen, rounds=2)))
+    settle_on(monkeypatch, chosen)
+    auto = make_config(name="cut", precision="auto", rounds=2)
+
+    class Stops(Silent):
+        def on_round_start(self, round: int, clients: tuple[int, ...]) -> None:
+            if round == 2:
+                raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run_inprocess(auto, Stops(), client_evaluation=False)
+    settle_on(monkeypatch, "nothing: it must not be asked again")
+    result = run_inprocess(auto, existing="resume", client_evaluation=False)
+    assert digest(result) == expected
+    assert json.loads((result.folder / "config.json").read_text())["precision"]["used"] == chosen

@@ -17,7 +17,8 @@ import typer
 from pydantic import BaseModel
 
 from experiments.cli import app
-from fedmask.config import RunConfig, TaskConfig
+from experiments.options import DEMO
+from fedmask.config import RunConfig, TaskConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("fedmask", "clients", "server", "experiments")
@@ -80,6 +81,36 @@ def _check_docstring(where: str, value: type | object) -> None:
             assert inspect.getdoc(getattr(value, name)), f"{where}.{name} has no docstring"
 
 
+ARRAYS = re.compile(r"^[^\[]*\b(ndarray|NDArray|Tensor)\b")
+# What tells a reader how an array must look: a shape, a type of number, or what its entries are.
+SHAPES = re.compile(r"\[[^\]]*\]|\b(u?int|float)\d+\b|\b(scalar|flat|shape|indices|integers)\b")
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_public_functions_say_what_they_do_and_how_arrays_look(path: Path) -> None:
+    module = importlib.import_module(dotted(path))
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(value):
+            _check_docstring(f"{module.__name__}.{name}", value)
+            own = [key for key, member in vars(value).items() if inspect.isfunction(member)]
+            found = {key: getattr(value, key) for key in own if not key.startswith("_") and key != "forward"}
+        else:
+            found = {"": value} if inspect.isfunction(value) else {}
+        for key, function in found.items():
+            words = inspect.getdoc(function) or ""
+            assert words, f"{module.__name__}.{name}.{key} has no docstring"
+            if any(ARRAYS.match(str(kind)) for kind in function.__annotations__.values()):
+                assert SHAPES.search(words), (
+                    f"{module.__name__}.{name}.{key} does not say how its arrays look"
+                )
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_modules_are_small_and_say_what_they_are(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
@@ -115,6 +146,8 @@ def commands(path: Path) -> list[str]:
     ]
 
 
+# Of flwr and its programs.
+OTHERS_OPTIONS = {"--insecure"}
 ALL_COMMANDS = [(page.name, command) for page in PAGES for command in commands(page)]
 
 
@@ -128,6 +161,20 @@ def test_documented_commands_exist(page: str, command: str) -> None:
         rest = [word for word in words[1:] if word != "--help"]
         if rest == words[1:]:
             found.make_context(words[0], rest)  # raises on an option or an argument that is not there
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_and_options_in_the_text_exist(page: Path) -> None:
+    """Inline code such as ``fedmask report`` and ``--adapter-lr``."""
+    known = typer.main.get_command(app).commands
+    options = {name for command in known.values() for option in command.params for name in option.opts}
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for code in re.findall(r"`([^`]+)`", text):
+        words = code.split()
+        if words[0] == "fedmask" and len(words) > 1 and not words[1].startswith("-"):
+            assert words[1] in known, code
+        if words[0].startswith("--"):
+            assert words[0] in options | OTHERS_OPTIONS, code
 
 
 def test_every_command_is_documented() -> None:
@@ -233,6 +280,28 @@ def test_every_setting_is_documented_with_its_default() -> None:
     assert set(rows) == set(expected)
     for key, default in expected.items():
         assert rows[key].strip().strip("`") == _shown(default), key
+
+
+def test_the_demo_s_own_values_are_said() -> None:
+    """What a bare ``fedmask run`` does differently from the defaults, setting by setting."""
+    demo = load_config(DEMO).model_dump(exclude={"name", "tasks"})
+    default = RunConfig(tasks=(TaskConfig(name="bbc", clients=1),)).model_dump(exclude={"name", "tasks"})
+    other = {
+        key: value
+        for part, values in demo.items()
+        for key, value in (
+            {f"{part}.{key}": value for key, value in values.items() if default[part][key] != value}
+            if isinstance(values, dict)
+            else {part: values}
+            if default[part] != values
+            else {}
+        ).items()
+    }
+    text = " ".join((ROOT / "docs" / "settings.md").read_text(encoding="utf-8").split())
+    said = text.split("A bare `fedmask run`")[1].split("`--epochs`")[0]
+    assert dict(re.findall(r"`([a-z_.]+) = ([^`]*)`", said)) == {
+        key: f"{value}" for key, value in other.items()
+    }
 
 
 def _shown(default: object) -> str:

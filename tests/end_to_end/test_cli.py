@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from experiments.cli import main
-from tests.apps.conftest import make_model, make_task
+from tests.support import save_two_tasks
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -21,11 +21,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``model``, ``mood.tsv`` (2 classes) and ``topic.tsv`` (3 classes)."""
-    folder = tmp_path_factory.mktemp("tiny")
-    make_model(folder / "model")
-    make_task(folder / "mood.tsv", 1, ("no", "yes"))
-    make_task(folder / "topic.tsv", 2, ("sports", "money", "art"))
-    return folder
+    return save_two_tasks(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -239,7 +235,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["run", "--task", "name=a,source=absent.txt,text=t,label=l,clients=2"],
         [".txt", ".parquet"],
     ),
-    "more tokens than positions": (["run", "--task", "bbc:1", "--max-tokens", "33"], ["at most 32", "33"]),
+    "more tokens than positions": (["run", "--task", "bbc:1", "--max-tokens", "41"], ["at most 40", "41"]),
     "a word for a strategy's number": (["run", "--option", "eta=x"], ["eta: expected a number", "eta=0.1"]),
     "no such run": (["report", "runs/absent"], ["runs/absent", "found none"]),
     "unknown ledger key": (["ledger", "RUN", "--by", "rund"], ["rund", "nearest is 'round'"]),
@@ -257,6 +253,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     real = [re.sub("MODEL|MOOD|RUN", lambda m: places[m.group()], word) for word in words]
     if words[0] == "run" and "--model" not in words:
         real += ["--model", places["MODEL"], "--workers", "1"]
+    if words[0] == "run" and "--max-tokens" not in words:
+        real += ["--max-tokens", "16"]  # more than the tiny model reads would be a mistake of its own
     code, out, err = fedmask(*real)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1, err

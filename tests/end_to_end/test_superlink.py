@@ -18,7 +18,7 @@ import pytest
 from experiments.engines import run_inprocess, run_superlink
 from fedmask.config import RunConfig, from_dict
 from fedmask.errors import ConfigError, FederationError
-from tests.apps.conftest import make_model, make_task
+from tests.support import save_two_tasks
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
@@ -114,12 +114,7 @@ def _wait_for(address: str) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    make_model(tmp_path / "model")
-    files = {"mood": ("no", "yes"), "topic": ("a", "b", "c")}
-    sources = {
-        name: make_task(tmp_path / f"{name}.tsv", seed, labels)
-        for seed, (name, labels) in enumerate(files.items())
-    }
+    save_two_tasks(tmp_path)
     return from_dict(
         {
             "name": "remote",
@@ -128,8 +123,14 @@ def config(tmp_path: Path) -> RunConfig:
             "rounds": 1,
             "workers": 1,
             "tasks": [
-                {"name": name, "source": str(path), "text": ["text"], "label": "label", "clients": 1}
-                for name, path in sources.items()
+                {
+                    "name": name,
+                    "source": str(tmp_path / f"{name}.tsv"),
+                    "text": ["text"],
+                    "label": "label",
+                    "clients": 1,
+                }
+                for name in ("mood", "topic")
             ],
             "partition": {"kind": "iid"},
             "train": {"steps": 2, "batch_size": 8, "max_tokens": 16},

@@ -26,6 +26,7 @@ def watch(console: Console) -> str:
             row["dev"] = {"tweets": {"loss": 1.0, "accuracy": 0.25 * round}}
             if round == 2:
                 row["rejected"] = [{"client": 1, "reason": "no"}]
+                row |= {"replied": [0, 2], "selected": [2]}
             progress.on_round_end(row)
         for client in range(3):  # the final evaluation
             progress.on_reply(client)
@@ -39,7 +40,7 @@ def test_a_pipe_gets_one_line_a_round() -> None:
         "3 clients, 2 rounds, writing to runs/made",
         "round 0/2  tweets accuracy 0.000  1.2 s",
         "round 1/2  tweets accuracy 0.250  1.2 s",
-        "round 2/2  tweets accuracy 0.500  1.2 s  1 reply not used",
+        "round 2/2  tweets accuracy 0.500  1.2 s  1 reply not used  the strategy used 1 of 2 replies",
     ]
 
 

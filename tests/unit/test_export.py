@@ -200,9 +200,41 @@ def test_folders_that_exist_are_not_touched(folders: dict[str, Path], tmp_path: 
     with pytest.raises(ConfigError, match=r"price exists; give another folder or --overwrite"):
         export_run(tmp_path / "run", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").rglob("*")] == ["price", "notes.txt"]
-    export_run(tmp_path / "run", tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "price" / "notes.txt").read_text() == "mine"
-    assert (tmp_path / "out" / "mood" / "model.safetensors").is_file()
+    for found in ("mine", "[]", '{"files": 3}'):  # no export of ours, whatever is in it
+        (tmp_path / "out" / "price" / "fedmask-export.json").write_text(found)
+        with pytest.raises(
+            ConfigError, match=r"price: expected an older export to overwrite, found something"
+        ):
+            export_run(tmp_path / "run", tmp_path / "out", overwrite=True)
+        assert not (tmp_path / "out" / "mood").exists()
+
+
+def test_overwrite_leaves_nothing_of_an_older_export(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A head beside another model's weights would be taken for that model's."""
+    out = tmp_path / "out"
+    finish(folders["gpt2"], tmp_path / "old", head="mean")
+    export_run(tmp_path / "old", out)
+    assert (out / "mood" / "head.safetensors").is_file()
+    (out / "mood" / "notes.txt").write_text("mine")
+    (tmp_path / "precious.txt").write_text("mine")
+    manifest = out / "price" / "fedmask-export.json"
+    listed = json.loads(manifest.read_text())["files"]
+    assert set(listed) | {manifest.name} == {path.name for path in (out / "price").iterdir()}
+    manifest.write_text(
+        json.dumps({"files": [*listed, "../../precious.txt", str(tmp_path / "precious.txt")]})
+    )
+
+    finish(folders["bert"], tmp_path / "new", head="hf")
+    export_run(tmp_path / "new", out, overwrite=True)
+    export_run(tmp_path / "new", tmp_path / "clean")
+    for task in ("mood", "price"):
+        wanted = {path.name: path.read_bytes() for path in (tmp_path / "clean" / task).iterdir()}
+        found = {path.name: path.read_bytes() for path in (out / task).iterdir()}
+        if task == "mood":
+            assert found.pop("notes.txt") == b"mine"
+        assert found == wanted
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+    assert sorted(path.name for path in out.iterdir()) == ["mood", "price"]
 
 
 def test_what_is_no_finished_run_is_refused_in_one_line(folders: dict[str, Path], tmp_path: Path) -> None:

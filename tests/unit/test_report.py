@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from experiments import figures
 from experiments.figures import cumulative_megabytes, scores
 from experiments.report import render, write_report
 from experiments.results import comparisons, measured_bytes, quality, size, traffic, trained
@@ -44,7 +47,97 @@ def test_quality_before_end_and_test(run_folder: Path) -> None:
 
 def test_what_trains(run_folder: Path) -> None:
     text = trained(read_run(run_folder))
-    assert text == "120 of 30,000 backbone values (0.4 %: mask 100, bias 20) and a head a task"
+    assert text == (
+        "120 of 30,000 backbone values (0.4 %: mask 100, bias 20), and a head a task (tweets 6, bbc 9)"
+    )
+
+
+def change(run_folder: Path, name: str, **values: object) -> None:
+    path = run_folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_rounds(run_folder: Path, **values: list[object]) -> None:
+    """Other values for all rounds, one a round."""
+    path = run_folder / "rounds.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for key, found in values.items():
+        for row, value in zip(rows, found, strict=True):
+            row[key] = value
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def said(run_folder: Path) -> str:
+    return " ".join(render(read_run(run_folder)).split())
+
+
+ALL_USED = "every reply of every round was used"
+
+
+def test_replies_that_the_strategy_left_out_are_said(run_folder: Path) -> None:
+    change_rounds(run_folder, rejected=[[], [], []], replied=[[], [0, 1, 2], [0, 1, 2]],
+                  selected=[[], [0, 1, 2], [0, 1, 2]])  # fmt: skip
+    assert ALL_USED in said(run_folder)
+    change_rounds(run_folder, selected=[[], [1], [2]])
+    assert "used 2 of 6 usable replies: it left out 4" in said(run_folder)
+    assert ALL_USED not in said(run_folder)
+    change_rounds(
+        run_folder, selected=[[], [0, 1, 2], []], note=["", "", "krum needs 5: the old vector stays"]
+    )
+    assert "- Round 2: krum needs 5: the old vector stays." in said(run_folder)
+    assert ALL_USED not in said(run_folder)
+
+
+def test_clients_that_could_not_be_scored_are_said(run_folder: Path) -> None:
+    change_rounds(run_folder, rejected=[[], [], []], replied=[[], [0, 1, 2], [0, 1, 2]],
+                  selected=[[], [0, 1, 2], [0, 1, 2]])  # fmt: skip
+    change(run_folder, "summary.json", unscored=[{"client": 1, "reason": "no answer within 9 s"}])
+    assert "| end | 1 | no answer within 9 s |" in render(read_run(run_folder))
+    assert ALL_USED not in said(run_folder)
+
+
+def test_what_an_interruption_cost_stands_apart(run_folder: Path) -> None:
+    with (run_folder / "ledger.jsonl").open("a") as file:
+        for row in (
+            {"round": 2, "kind": "train", "payload_bytes": 7000, "status": "aborted"},
+            {"round": -1, "kind": "mask", "payload_bytes": 500, "status": "ok"},
+        ):
+            row |= {"client": 0, "direction": "down", "message_bytes": 9000}
+            file.write(json.dumps(row) + "\n")
+    change(run_folder, "config.json", resumed=[{"after_round": 1}])
+    test_sums_by_hand(run_folder)
+    assert "went on after round 1. Rounds that broke off and joining again moved 7.5 kB" in said(run_folder)
+
+
+def test_remarks_and_what_flatters(run_folder: Path) -> None:
+    assert "In round 1 that union is still empty" in said(run_folder)
+    assert "weighted by held-out rows" in said(run_folder)
+    change(run_folder, "summary.json", notes=["the overlap was not measured (MemoryError: )"])
+    assert "Note: the overlap was not measured (MemoryError: )." in said(run_folder)
+
+
+def test_the_legend_of_the_rounds_has_the_lines_markers(run_folder: Path) -> None:
+    figure = Figure()
+    figures._rounds(read_run(run_folder), figure)
+    drawn = figure.axes[0].lines
+    (legend,) = figure.legends
+    keys = [line for line in legend.legend_handles if isinstance(line, Line2D)]
+    assert len(keys) == len(drawn) == 3
+    for key, line in zip(keys, drawn, strict=True):
+        assert key.get_marker() == line.get_marker() == "o"
+        for name in ("linestyle", "fillstyle", "markersize"):
+            assert getattr(key, f"get_{name}")() == getattr(line, f"get_{name}")()
+
+
+def test_the_closing_evaluation_is_named_beside_the_table(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from experiments.launch import _show
+
+    _show(read_run(run_folder), run_folder / "report.md", as_json=False)
+    out = capsys.readouterr().out
+    assert "Not in it: 1.5 kB of payload for the closing evaluation" in out
+    assert "(tweets 6, bbc 9)" in out
 
 
 def test_report_and_figures_are_written_and_agree(run_folder: Path) -> None:
@@ -79,6 +172,12 @@ def test_how_unequal_masks_overlap_is_measured_or_said_to_be_a_bound(run_folder:
     path = run_folder / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"overlap": {}}))
     assert "an upper bound" in render(read_run(run_folder))
+
+
+def test_half_a_table_is_no_table(run_folder: Path) -> None:
+    text = render(read_run(run_folder))
+    section = text.split("## Replies that did not count")[1].split("## ")[0]
+    assert section.strip().splitlines()[-1] == "| 2 | 1 | a value is not finite |"
 
 
 def test_a_reason_cannot_break_a_table(run_folder: Path) -> None:
