@@ -85,7 +85,7 @@ class InProcessGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies that are there. Without processes, this is where queued messages are answered."""
-        # Whoever waits for thousands passes a set (or the keys of a dict), which must not be copied each time.
+        # Whoever waits for thousands passes a set (or a dict's keys), which must not be copied each time.
         wanted = message_ids if isinstance(message_ids, Set) else set(message_ids)
         if not any(name in wanted for name in self._ready):
             self._work()

@@ -93,9 +93,9 @@ class Workers:
     """``count`` processes, each with one ClientApp and one workspace, started fresh (never forked).
 
     They share the memory of the backbone that this process has loaded; each has its own copy of the pages
-    that it writes to. A process that dies takes one job with it, which gets an error reply, and is replaced. Start methods
-    that fork would copy PyTorch's threads half-way; so the main module of a script must be importable
-    without side effects (``if __name__ == "__main__":``).
+    that it writes to. A process that dies takes one job with it, which gets an error reply, and is replaced.
+    Start methods that fork would copy PyTorch's threads half-way; so the main module of a script must be
+    importable without side effects (``if __name__ == "__main__":``).
     """
 
     def __init__(self, count: int, config: RunConfig, make_app: MakeApp) -> None:

@@ -58,7 +58,7 @@ class SharedBackbone:
     @property
     def descriptor(self) -> int:
         """The open file's number in this process."""
-        return self._file.fileno()
+        return int(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; processes that have it mapped keep what they see."""

@@ -25,7 +25,7 @@ from server.observer import Observer, Silent
 from server.overlap import measured_unions
 from server.record import Existing, RunFolder, vector_digest
 from server.rounds import Federation, Row, RunState
-from server.strategy import ServerStrategy
+from server.streaming import make_strategy
 from server.summary import costs, save_change
 
 __all__ = ["RunResult", "app", "make_server_app", "run_server"]
@@ -96,7 +96,7 @@ def run_server(
     """The whole run over a grid. Raises ``FedmaskError``; settings are checked before anything is written."""
     began = time.monotonic()
     folder = RunFolder(config, existing)
-    strategy = ServerStrategy(config.server.strategy, config.server.options, config.server.task_weighting)
+    strategy = make_strategy(config.server)
     workspace = get_workspace(config)
     state = RunState.start(workspace)
     strategy.check(config.server.clients_per_round or config.clients, state.shared.size)
@@ -111,6 +111,7 @@ def run_server(
         dev = central_scores(workspace, state.shared, state.heads, "dev", config.eval_rows)
         roster = join(grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply)
         rows = {one["client"]: one["train_rows"] for one in record["facts"]["partitions"]}
+        record = {}  # thousands of clients' label counts, which are in the file
         federation = Federation(workspace, grid, roster, strategy, ledger, observer, rows)
         first = federation.start_row(dev, began)
         summary, state = _run_rounds(federation, state, first, folder, began, client_evaluation)

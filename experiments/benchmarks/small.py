@@ -1,4 +1,4 @@
-"""A small random model and tasks of random words: for benchmarks in which the federation is what is measured."""
+"""A small random model and tasks of random words: for benchmarks of the federation around it."""
 
 from __future__ import annotations
 

@@ -71,9 +71,7 @@ def tokenize(rows: Dataset, tokenizer: Any, max_tokens: int) -> Tokenized:
     return tokenize_rows(rows, np.arange(len(rows)), tokenizer, max_tokens)
 
 
-def tokenize_rows(
-    data: Dataset, rows: npt.NDArray[np.int64], tokenizer: Any, max_tokens: int
-) -> Tokenized:
+def tokenize_rows(data: Dataset, rows: npt.NDArray[np.int64], tokenizer: Any, max_tokens: int) -> Tokenized:
     """The given rows (int64 [m]) of a split; the same as ``tokenize(data.select(rows), ...)``.
 
     Without the data set in between, whose making costs more than tokenizing a client's few rows.
@@ -97,7 +95,7 @@ def tokenize_rows(
             types.append(_flat(encoded["token_type_ids"], np.uint8))
         labels.append(np.asarray(chunk[LABEL]))
     dtype = np.float32 if data.features[LABEL].dtype.startswith("float") else np.int64
-    found = np.concatenate(labels).astype(dtype) if labels else np.empty(0, dtype)
+    found: npt.NDArray[Any] = np.concatenate(labels).astype(dtype) if labels else np.empty(0, dtype)
     return Tokenized(
         np.concatenate(tokens) if tokens else np.empty(0, np.int32),
         _offsets(np.concatenate(lengths) if lengths else np.empty(0, np.int64)),
