@@ -56,8 +56,15 @@ def run(
     alpha: Annotated[
         float | None, typer.Option(help="Dirichlet concentration: small is more skewed.")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of the local optimizer.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over a client's rows per round.")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of all that trains but the adapters on biases (--adapter-lr)."),
+    ] = None,
+    adapter_lr: Annotated[float | None, typer.Option(help="Learning rate of the adapters on biases.")] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="Passes over a client's rows per round; without --steps nothing cuts them short."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="At most so many steps per client and round.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per step.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Texts are cut at so many tokens.")] = None,
@@ -71,7 +78,7 @@ def run(
     values: Annotated[str | None, typer.Option(help="fp32 or fp16: how values travel.")] = None,
     mask_transport: Annotated[str | None, typer.Option(help="recipe (under 256 bytes) or packed.")] = None,
     eval_rows: Annotated[
-        int | None, typer.Option(help="At most so many dev rows per task and round.")
+        int | None, typer.Option(help="At most so many dev rows per round, shared equally by the tasks.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
     threads: Annotated[
@@ -91,7 +98,8 @@ def run(
         str | None, typer.Option(help="Engine superlink: passed on to flwr run, e.g. 'num-supernodes=8'.")
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other setting as dotted.key=value. Repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="Any other setting as dotted.key=value (none clears it). Repeatable."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run and of its folder.")] = None,
     runs_dir: Annotated[str | None, typer.Option(help="Folder of the runs' folders.")] = None,
@@ -101,13 +109,15 @@ def run(
     json: Json = False,
 ) -> None:
     """Run a federation and write runs/NAME."""
-    from experiments.options import KEYS, build_config
+    from experiments.options import KEYS, build_config, with_absolute_paths
 
     given = locals()
     settings = build_config(config, {key: given[key] for key in KEYS}, task or (), option or (), set_ or ())
     from experiments.launch import Engine, run_federation
 
     chosen = Engine(engine, backend, connection, federation_config, overwrite)
+    if engine != "superlink":  # its nodes read files below folders of their own
+        settings = with_absolute_paths(settings)
     run_federation(settings, chosen, as_json=json)
 
 
@@ -172,6 +182,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = _fail(str(error), code=1)  # not the user's mistake: the run itself failed
     except (FedmaskError, OSError) as error:
         code = _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()  # its message is the whole help
+        code = error.exit_code
     except click.ClickException as error:
         code = _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):

@@ -34,6 +34,7 @@ KEYS = {
     "partition": "partition.kind",
     "alpha": "partition.alpha",
     "lr": "train.lr",
+    "adapter_lr": "train.adapter_lr",
     "epochs": "train.epochs",
     "steps": "train.steps",
     "batch_size": "train.batch_size",
@@ -55,11 +56,14 @@ def build_config(
     ``path`` is a TOML file or a run's ``config.json`` (None: the demo); ``given`` maps option names
     (see ``KEYS``) to values, None meaning "not given"; ``tasks`` are task specs that replace the file's
     tasks; ``options`` are ``key=value`` for the server's strategy; ``sets`` are ``dotted.key=value``.
+    ``epochs`` without ``steps`` lifts the file's cap on the steps, which would silently win otherwise.
     Raises ConfigError.
     """
     values = read_settings(path or DEMO)
     if path is None:
         values["name"] = "run"  # only the demo itself may write to runs/demo
+    if given.get("epochs") is not None:
+        _put(values, "train.steps", None)
     for option, value in given.items():
         if value is not None:
             _put(values, KEYS[option], value)
@@ -76,6 +80,24 @@ def build_config(
         return from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}" if path else str(error)) from None
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run with the names of local folders and files made absolute.
+
+    So a run's ``config.json`` can be exported or run again from any folder. Bundled and hub names stay.
+    """
+    tasks = []
+    for task in config.tasks:
+        changes = {key: _absolute(getattr(task, key)) for key in ("source", "dev", "test") if task.is_local}
+        tasks.append(task.model_copy(update=changes))
+    local_model = config.model != "minilm" and Path(config.model).expanduser().is_dir()
+    model = _absolute(config.model) if local_model else config.model
+    return config.model_copy(update={"model": model, "tasks": tuple(tasks)})
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).expanduser().absolute()) if name else name
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -25,15 +25,26 @@ Real = Annotated[float, Field(strict=True)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
 Metric = Literal["accuracy", "f1", "matthews", "spearman"]
+# Of the files that tasks are read from, and of others that no hub name ends in.
+FILE_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+_OTHER_ENDINGS = (".txt", ".xlsx", ".xls", ".ods", ".xml", ".ndjson", ".arrow", ".feather", ".dat", ".zip",
+                  ".gz", ".bz2", ".xz", ".zst", ".pkl", ".db", ".sqlite")  # fmt: skip
 PartitionKind = Literal["dirichlet", "pathological", "shard", "quantity", "iid", "natural"]
 
 
 class _Settings(BaseModel):
-    """Shared rules of all settings: frozen, no unknown keys, no NaN, errors in one line."""
+    """Shared rules of all settings: frozen, no unknown keys, no NaN, errors in one line.
+
+    The text ``none`` clears a setting that may be None.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
+        for key, field in type(self).model_fields.items():
+            # TOML and the command line have no word for None, so text stands for it where None is allowed.
+            if values.get(key) == "none" and type(None) in get_args(field.annotation):
+                values[key] = None
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -85,6 +96,19 @@ class TaskConfig(_Settings):
             raise ConfigError(f"task {self.name!r} has a source, so it needs its text and label columns")
         return self
 
+    @property
+    def is_local(self) -> bool:
+        """Whether ``source`` names a file of this machine, there or not, rather than a hub data set."""
+        path = Path(self.source).expanduser()
+        return bool(self.source) and (
+            path.exists()
+            or path.suffix.lower() in (*FILE_ENDINGS, *_OTHER_ENDINGS)
+            or self.source.startswith((".", "/", "~"))
+            or self.source.count("/") > 1
+            or "\\" in self.source
+            or ("/" in self.source and path.parent.is_dir())
+        )
+
 
 class AdapterConfig(_Settings):
     """The HiWi weight adapter: hidden width, activation, and what it is folded into."""
@@ -97,9 +121,9 @@ class AdapterConfig(_Settings):
 class TrainConfig(_Settings):
     """Local training. ``steps`` caps the optimizer steps per client and round; None: epochs decide.
 
-    ``head_lr`` and ``adapter_lr`` default to ``lr``. ``clip_norm`` bounds the norm of the whole
-    trained vector's gradient; None: no clipping. ``dropout`` goes for every dropout layer, backbone
-    included.
+    ``head_lr`` defaults to ``lr``; adapters on biases want smaller steps and have ``adapter_lr``.
+    ``clip_norm`` bounds the norm of the whole trained vector's gradient; None: no clipping.
+    ``dropout`` goes for every dropout layer, backbone included.
     """
 
     epochs: Real = Field(default=1.0, gt=0)
@@ -109,7 +133,7 @@ class TrainConfig(_Settings):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Real = Field(default=5e-3, gt=0)
     head_lr: Real | None = Field(default=None, gt=0)
-    adapter_lr: Real | None = Field(default=None, gt=0)
+    adapter_lr: Real = Field(default=1e-3, gt=0)
     momentum: Real = Field(default=0.9, ge=0, lt=1)
     weight_decay: Real = Field(default=0.0, ge=0)
     clip_norm: Real | None = Field(default=1.0, gt=0)
@@ -239,6 +263,17 @@ def _expected(model: type[BaseModel], key: object) -> str:
     return f"expected a number {words}" if words else ""
 
 
+def _remedy(model: type[BaseModel], key: object) -> str:
+    """What to give instead of a wrong number: the default where there is one."""
+    field = model.model_fields.get(str(key))
+    if field is None:
+        return ""
+    default = field.get_default(call_default_factory=False)
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        return f"; give such a number (the default is {default})"
+    return "; give such a number" + (" or leave it out" if not field.is_required() else "")
+
+
 _BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
 _NUMBER_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 
@@ -261,6 +296,10 @@ def _one_line(detail: ErrorDetails, model: type[BaseModel]) -> str:
         said = "expected letters, digits, '.', '_' or '-', the first a letter or digit"
     elif detail["type"] in _NUMBER_ERRORS:
         said = _expected(model, key) or detail["msg"]
+    elif str(key) == "options":  # numbers of two kinds: pydantic names only one of them
+        return (
+            f"{where}: expected a number, found {_short(found)}; give one, as in {where.split('.')[-1]}=0.1"
+        )
     else:
         said = (
             detail["msg"]
@@ -268,7 +307,8 @@ def _one_line(detail: ErrorDetails, model: type[BaseModel]) -> str:
             .removeprefix("Value error, ")
             .replace(" after validation", "")
         )
-    return f"{where}: {said}, found {_short(found)}"
+    remedy = _remedy(model, key) if detail["type"] in _NUMBER_ERRORS else ""
+    return f"{where}: {said}, found {_short(found)}{remedy}"
 
 
 def _starts_with_key(message: str) -> bool:

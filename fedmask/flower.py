@@ -30,6 +30,11 @@ RECIPE = "recipe"
 MAX_METRICS = 9
 EXAMPLES = "num-examples"
 HELD_OUT = "held-out"
+SCORES = ("global-score", "personal-score")
+LOSSES = ("train-loss", "global-loss", "personal-loss")
+# A perfect correlation may exceed 1 in its last bits; no loss computed in float32 exceeds its range.
+_MOST_SCORE = 1 + 1e-6
+_MOST_LOSS = float(np.finfo(np.float32).max)
 
 QUERY_JOIN = "query.join"
 QUERY_MASK = "query.mask"
@@ -75,6 +80,8 @@ def record_bytes(record: ArrayRecord, name: str = UPDATE) -> bytes:
         values = array.numpy()
     except Exception as error:  # NumPy's reader raises many types on damaged bytes
         raise RecordError(f"the array cannot be read: {error}") from None
+    if not isinstance(values, np.ndarray):  # the reader takes whole archives of arrays, too
+        raise RecordError(f"expected one array, found a {type(values).__name__}")
     if values.dtype != np.uint8 or values.ndim != 1:
         raise RecordError(f"expected a vector of uint8, found {values.dtype} of shape {values.shape}")
     return values.tobytes()
@@ -97,19 +104,23 @@ def reply_content(envelope: bytes | None, metrics: dict[str, float]) -> RecordDi
 def read_metrics(record: MetricRecord, required: tuple[str, ...]) -> dict[str, float]:
     """The metrics of a reply, checked: scalars, finite, ``required`` present, at most nine.
 
-    Raises ``RecordError``. Besides the required keys there may be ``held-out`` (a number of rows) and
-    keys that begin with ``global-`` or ``personal-``.
+    Besides the required keys there may be ``held-out`` (a number of rows), ``SCORES`` (from -1 to 1) and
+    ``LOSSES`` (not negative). Raises ``RecordError``.
     """
     found: dict[str, float] = {}
     if len(record) > MAX_METRICS:
         raise RecordError(f"expected at most {MAX_METRICS} metrics, found {len(record)}")
     for key, value in record.items():
-        if key not in (*required, HELD_OUT) and not key.startswith(("global-", "personal-")):
+        if key not in (*required, HELD_OUT, *SCORES, *LOSSES):
             raise RecordError(f"unknown metric {key[:40]!r}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise RecordError(f"metric {key[:40]!r}: expected one number, found {type(value).__name__}")
         if not math.isfinite(value):
             raise RecordError(f"metric {key[:40]!r} is not finite")
+        if key in SCORES and abs(value) > _MOST_SCORE:
+            raise RecordError(f"{key}: expected a score from -1 to 1, found {value!r}")
+        if key in LOSSES and not 0 <= value <= _MOST_LOSS:
+            raise RecordError(f"{key}: expected a loss from 0 to {_MOST_LOSS:.2g}, found {value!r}")
         found[key] = value
     for key in required:
         if key not in found:

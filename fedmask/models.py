@@ -39,6 +39,15 @@ class Backbone:
         """The token that fills up a batch."""
         return int(self.tokenizer.pad_token_id)
 
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens of one text the model can read; None where its config sets no limit."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        for name, module in self.model.named_modules():
+            if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                return int(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from there
+        return int(positions) if positions else None
+
 
 def load_backbone(name: str) -> Backbone:
     """Load ``minilm`` (bundled), a local folder or a Hugging Face hub name, in float32.
@@ -50,8 +59,18 @@ def load_backbone(name: str) -> Backbone:
     source = model_source(name)
     with _quiet(), _load_errors(name), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what the checkpoint lacks is drawn: a pooler, which is no part of the backbone
-        model = AutoModel.from_pretrained(source, dtype=torch.float32)
+        model, report = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
+    lacking = sorted(set(report["missing_keys"]) & backbone_parameters(model).keys())
+    if lacking:  # they would be random, and nobody would know
+        raise ConfigError(
+            f"model {name!r}: its checkpoint lacks {lacking[0]} and {len(lacking) - 1} more tensors that its "
+            "config.json asks for; use the weights and config of one model"
+        )
+    if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 2:  # made up from the model's type alone
+        raise ConfigError(
+            f"model {name!r}: its tokenizer knows no words; save the tokenizer's files beside the model's"
+        )
     if tokenizer.pad_token is None:  # GPT-2 and its kin have none; attention ignores it anyway
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from torch import nn
 
 from fedmask.delta import apply_delta, read_delta, write_delta
-from fedmask.errors import CheckpointError
+from fedmask.errors import CheckpointError, ConfigError
 from fedmask.masks import Mask
+from fedmask.models import head_parameters
 from fedmask.rng import rng_for
-from fedmask.space import backbone_of, backbone_parameters, checkpoint_digest
+from fedmask.space import backbone_of, checkpoint_digest
 from fedmask.trainables import (
     BiasAdapters,
     DenseTensors,
@@ -52,8 +53,12 @@ def sparsify(
     if bias_adapters is not None:
         parts.append(BiasAdapters(model, bottleneck=bias_adapters))
     if head:
-        inside = {id(p) for p in backbone_parameters(model).values()}
-        names = [name for name, p in model.named_parameters() if id(p) not in inside]
+        names = head_parameters(model)
+        if not names:
+            raise ConfigError(
+                f"{type(model).__name__} has no head to train; load it with its head, such as "
+                "AutoModelForSequenceClassification"
+            )
         parts.append(DenseTensors("head", model, names))
     return _start(model, parts)
 

@@ -67,9 +67,7 @@ def train(
     rounds = [
         rows for _ in range(int(np.ceil(plan.epochs))) for rows in batches(data, plan.batch_size, order)
     ]
-    per_epoch = -(-len(data) // plan.batch_size)
-    steps = max(1, round(plan.epochs * per_epoch))
-    steps = min(steps, plan.steps) if plan.steps is not None else steps
+    steps = planned_steps(plan, len(data))
     total = 0.0
     model.train()
     with torch.random.fork_rng(devices=[]):  # dropout takes no generator
@@ -84,6 +82,12 @@ def train(
             total += float(loss.detach())
     model.eval()
     return total / len(rounds[:steps]), len(rounds[:steps])
+
+
+def planned_steps(plan: TrainConfig, rows: int) -> int:
+    """Optimizer steps of one round on ``rows`` training rows."""
+    steps = max(1, round(plan.epochs * -(-rows // plan.batch_size)))
+    return steps if plan.steps is None else min(steps, plan.steps)
 
 
 def batch_loss(model: nn.Module, data: Tokenized, rows: np.ndarray, pad_id: int) -> torch.Tensor:
@@ -162,5 +166,5 @@ def _rate(trainable: Trainable, plan: TrainConfig) -> float:
     if trainable.segment.startswith("head"):
         own = plan.head_lr if plan.head_lr is not None else plan.lr
     elif isinstance(trainable, BiasAdapters):
-        own = plan.adapter_lr if plan.adapter_lr is not None else plan.lr
+        own = plan.adapter_lr
     return own

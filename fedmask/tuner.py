@@ -142,8 +142,13 @@ def attach(model: nn.Module, trainables: list[Trainable]) -> Tuning:
 
 def detach(model: nn.Module) -> None:
     """Undo ``attach``: the model as it was, with the reference's values."""
+    tuning_of(model).restore()
+    _remove(model)
+
+
+def _remove(model: nn.Module) -> None:
+    """Take the patches and trainables away and leave the weights as they are."""
     tuning = tuning_of(model)
-    tuning.restore()
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), PatchedForward):
             del module.__dict__["forward"]
@@ -167,9 +172,11 @@ def merge(model: nn.Module) -> nn.Module:
             if isinstance(patch, PatchedForward):
                 for key in patch.drivers:
                     parameter = module._parameters[key]
-                    if parameter is not None:
-                        folded.append((parameter, patch._effective(key).clone()))
-        detach(model)
+                    value = patch._effective(key)
+                    # Masked entries alone are in the weight already.
+                    if parameter is not None and value.data_ptr() != parameter.data_ptr():
+                        folded.append((parameter, value))
+        _remove(model)
         for parameter, value in folded:
             parameter.copy_(value)
     return model

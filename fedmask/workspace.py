@@ -77,8 +77,14 @@ class Workspace:
 
     @cached_property
     def backbone(self) -> Backbone:
-        """The pre-trained model, pristine between uses."""
-        return load_backbone(self.config.model)
+        """The pre-trained model, pristine between uses. ConfigError if texts are longer than it can read."""
+        backbone, asked = load_backbone(self.config.model), self.config.train.max_tokens
+        if backbone.most_tokens is not None and asked > backbone.most_tokens:
+            raise ConfigError(
+                f"train.max_tokens: model {self.config.model!r} reads at most {backbone.most_tokens} tokens, "
+                f"found {asked}; lower it"
+            )
+        return backbone
 
     def use_backbone(self, backbone: Backbone) -> None:
         """Use an equal backbone that lies elsewhere in memory, unless models have been built on the first."""

@@ -24,7 +24,7 @@ from server.joining import join
 from server.observer import Observer, Silent
 from server.overlap import measured_unions
 from server.record import Existing, RunFolder, vector_digest
-from server.rounds import Federation, Row, RunState
+from server.rounds import Federation, Row, RunState, most_claims
 from server.streaming import make_strategy
 from server.summary import costs, save_change
 
@@ -110,9 +110,9 @@ def run_server(
         # Scored before joining: worker processes and nodes load their models meanwhile.
         dev = central_scores(workspace, state.shared, state.heads, "dev", config.eval_rows)
         roster = join(grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply)
-        rows = {one["client"]: one["train_rows"] for one in record["facts"]["partitions"]}
         record = {}  # thousands of clients' label counts, which are in the file
-        federation = Federation(workspace, grid, roster, strategy, ledger, observer, rows)
+        most = most_claims(workspace)
+        federation = Federation(workspace, grid, roster, strategy, ledger, observer, most)
         first = federation.start_row(dev, began)
         summary, state = _run_rounds(federation, state, first, folder, began, client_evaluation)
     finally:
@@ -144,13 +144,14 @@ def _run_rounds(
         if state.round == rounds:
             break
         state, row = federation.train_round(state)
-    clients = federation.client_scores(state) if client_evaluation else {}
+    clients, unscored = federation.client_scores(state) if client_evaluation else ({}, [])
     unions, overlap = measured_unions(workspace, schedule)
     save_change(workspace, state, folder.path / "delta.safetensors")
     summary = {
         "test": federation.scores(state, "test"),
         "final_dev": row["dev"],
         "clients": clients,
+        "unscored": unscored,
         "vector_sha256": vector_digest(state.shared, state.heads),
         "rounds": state.round,
         "bytes": _totals(ledger),

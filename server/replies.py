@@ -8,12 +8,33 @@ from typing import TypeVar
 import fedmask._env  # noqa: F401  (before flwr is imported)
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedmask.codecs import unpack_update
-from fedmask.flower import ARRAYS, CONFIG, EXAMPLES, METRICS, RecordError, read_metrics, record_bytes
+from fedmask.codecs import read_header, unpack_update
+from fedmask.flower import (
+    ARRAYS,
+    CONFIG,
+    EXAMPLES,
+    HELD_OUT,
+    METRICS,
+    RecordError,
+    read_metrics,
+    record_bytes,
+)
 from fedmask.layout import Layout
 from server.strategy import Contribution
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Most:
+    """What one client can truthfully claim: rows it trains on, rows it holds out, steps of a round.
+
+    A client that claims more would outweigh the others, or spoil the sums.
+    """
+
+    rows: int
+    held_out: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -40,30 +61,42 @@ def read_join(message: Message) -> Joined:
 
 
 def read_training(
-    message: Message, *, client: int, task: str, layout: Layout, digest: str, round: int, most_rows: int
+    message: Message,
+    *,
+    client: int,
+    task: str,
+    layout: Layout,
+    digest: str,
+    round: int,
+    codec: str,
+    most: Most,
 ) -> Contribution:
     """A training reply as a contribution.
 
-    ``most_rows``: the rows of the client's shard; a client that claims more would outweigh the others.
-    Raises ``EnvelopeError`` (or a subclass) for anything that is not exactly the agreed records.
+    ``codec``: the one in which values travel in this run. Raises ``EnvelopeError`` (or a subclass) for
+    anything that is not exactly the agreed records, or that claims more than ``most``.
     """
     content = _records(message.content, ARRAYS, METRICS)
     arrays = _record(content, ARRAYS, ArrayRecord)
     metrics = read_metrics(
         _record(content, METRICS, MetricRecord), required=(EXAMPLES, "train-loss", "steps")
     )
-    examples = _examples(metrics, least=1, most=most_rows)
-    if metrics["steps"] < 0 or not float(metrics["steps"]).is_integer():
-        raise RecordError(f"steps: expected a whole number, found {metrics['steps']!r}")
-    change = unpack_update(record_bytes(arrays), layout=layout, digest=digest, round=round)
+    examples = _examples(metrics, least=1, most=most.rows)
+    _count(metrics, "steps", most.steps)
+    if HELD_OUT in metrics:
+        _count(metrics, HELD_OUT, most.held_out)
+    envelope = record_bytes(arrays)
+    if (found := read_header(envelope).codec) != codec:
+        raise RecordError(f"expected values as {codec}, found {found}")
+    change = unpack_update(envelope, layout=layout, digest=digest, round=round)
     return Contribution(client, task, examples, change, metrics)
 
 
-def read_scores(message: Message, *, most_rows: int) -> dict[str, float]:
-    """The metrics of an evaluation reply. Raises ``RecordError``."""
+def read_scores(message: Message, *, most: Most) -> dict[str, float]:
+    """The metrics of an evaluation reply, over at most ``most.held_out`` rows. Raises ``RecordError``."""
     scalars = _record(_records(message.content, METRICS), METRICS, MetricRecord)
     metrics = read_metrics(scalars, required=(EXAMPLES,))
-    _examples(metrics, least=0, most=most_rows)
+    _examples(metrics, least=0, most=most.held_out)
     return metrics
 
 
@@ -72,6 +105,12 @@ def _examples(metrics: dict[str, float], least: int, most: int) -> int:
     if not isinstance(found, int) or not least <= found <= most:
         raise RecordError(f"{EXAMPLES}: expected a whole number from {least} to {most}, found {found!r}")
     return found
+
+
+def _count(metrics: dict[str, float], key: str, most: int) -> None:
+    found = metrics[key]
+    if not 0 <= found <= most or found != int(found):
+        raise RecordError(f"{key}: expected a whole number from 0 to {most}, found {found!r}")
 
 
 def _records(content: RecordDict, *names: str) -> RecordDict:

@@ -21,12 +21,13 @@ from fedmask.errors import EnvelopeError, FederationError
 from fedmask.flower import EVALUATE, EXAMPLES, HELD_OUT, TRAIN, update_content
 from fedmask.ledger import Ledger
 from fedmask.rng import rng_for
+from fedmask.training import planned_steps
 from fedmask.workspace import Workspace
 from server.evaluation import Scores, central_scores, task_means
 from server.exchange import Answer, Request, enter, exchange
 from server.joining import Roster
 from server.observer import Observer
-from server.replies import read_scores, read_training
+from server.replies import Most, read_scores, read_training
 from server.strategy import Contribution, Strategy
 
 Row = dict[str, Any]
@@ -53,6 +54,15 @@ class RunState:
         return cls(0, np.zeros(shared, np.float32), heads)
 
 
+def most_claims(workspace: Workspace) -> dict[int, Most]:
+    """What each client can truthfully claim about its own work, by partition."""
+    plan, out = workspace.config.train, {}
+    for client in range(workspace.config.clients):
+        kept, held = workspace.split(client)
+        out[client] = Most(len(kept), len(held), planned_steps(plan, len(kept)))
+    return out
+
+
 class Federation:
     """One run's server: everything between joining and the summary."""
 
@@ -64,9 +74,9 @@ class Federation:
         strategy: Strategy,
         ledger: Ledger,
         observer: Observer,
-        rows: Mapping[int, int],
+        most: Mapping[int, Most],
     ) -> None:
-        """``rows``: training rows by partition, the most that a client may claim to have learned from."""
+        """``most``: by partition, what a client may claim (see ``most_claims``)."""
         self.workspace = workspace
         self.config = workspace.config
         self.grid = grid
@@ -74,7 +84,7 @@ class Federation:
         self.strategy = strategy
         self.ledger = ledger
         self.observer = observer
-        self.rows = rows
+        self.most = most
 
     def sample(self, round: int) -> tuple[int, ...]:
         """The partitions asked in a round: a function of seed, round and who joined, of nothing else."""
@@ -103,8 +113,8 @@ class Federation:
         began, round = time.monotonic(), state.round + 1
         clients = self.sample(round)
         self.observer.on_round_start(round, clients)
-        most = sum(self.rows[client] for client in clients)
-        tally = self.strategy.start(round, state.shared, state.heads, most)
+        most_rows = sum(self.most[client].rows for client in clients)
+        tally = self.strategy.start(round, state.shared, state.heads, most_rows)
         good: list[Contribution] = []
 
         def arrived(answer: Answer) -> None:
@@ -137,10 +147,11 @@ class Federation:
         rows = self.config.eval_rows if split == "dev" else None
         return central_scores(self.workspace, state.shared, state.heads, split, rows)
 
-    def client_scores(self, state: RunState) -> dict[str, dict[str, float]]:
+    def client_scores(self, state: RunState) -> tuple[dict[str, dict[str, float]], list[Row]]:
         """The final vector on every client's held-out rows: ``{task: {"loss", "score", "clients"}}``.
 
-        The one evaluation that costs a download of its own; clients that fail are left out.
+        The one evaluation that costs a download of its own. Clients that fail are left out, and listed with
+        their reasons.
         """
         answers = self._exchange(
             state,
@@ -169,7 +180,7 @@ class Federation:
             }
             for task in self.workspace.tasks
             if task in counted
-        }
+        }, _lost(answers)
 
     def _exchange(
         self,
@@ -212,7 +223,8 @@ class Federation:
                 layout=self.workspace.layout(task),
                 digest=self.workspace.digest,
                 round=round,
-                most_rows=self.rows[answer.client],
+                codec=self.config.values,
+                most=self.most[answer.client],
             )
         except EnvelopeError as error:
             answer.fail("rejected", str(error))
@@ -224,14 +236,13 @@ class Federation:
         if answer.reply is None:
             return {}
         try:
-            return read_scores(answer.reply, most_rows=self.rows[answer.client])
+            return read_scores(answer.reply, most=self.most[answer.client])
         except EnvelopeError as error:
             answer.fail("rejected", str(error))
             return {}
 
     def _row(self, round: int, clients: Sequence[int], answers: Sequence[Answer]) -> Row:
         """The parts of a row that every round has."""
-        rejected = [{"client": a.client, "reason": a.reason} for a in answers if a.status != "ok"]
         return {
             "round": round,
             "seconds": 0.0,
@@ -242,7 +253,7 @@ class Federation:
             "sampled": list(clients),
             "replied": [],
             "selected": [],
-            "rejected": rejected,
+            "rejected": _lost(answers),
             "steps": 0,
             "bytes": {
                 "up": sum(answer.up[0] for answer in answers),
@@ -268,3 +279,7 @@ class Federation:
             **{kind: task_means(held) for kind, held in scores.items()},
             "steps": int(sum(reply.metrics["steps"] for reply in good)),
         }
+
+
+def _lost(answers: Sequence[Answer]) -> list[Row]:
+    return [{"client": answer.client, "reason": answer.reason} for answer in answers if answer.status != "ok"]

@@ -87,16 +87,15 @@ def in_turns(repeats: int) -> dict[str, list[float]]:
     from fedmask.workspace import get_workspace
     from server.joining import join
     from server.observer import Silent
-    from server.rounds import Federation, RunState
+    from server.rounds import Federation, RunState, most_claims
     from server.streaming import make_strategy
 
     torch.set_num_threads(1)
     config = settings("unused", repeats + 1)
     workspace, ledger, grid = get_workspace(config), Ledger(), InProcessGrid(config)
     roster = join(grid, workspace, ledger, node_timeout=60.0, arrived=lambda _client: None)
-    rows = {client: len(workspace.rows(client)) for client in range(CLIENTS)}
     strategy = make_strategy(config.server)
-    federation = Federation(workspace, grid, roster, strategy, ledger, Silent(), rows)
+    federation = Federation(workspace, grid, roster, strategy, ledger, Silent(), most_claims(workspace))
     state = RunState.start(workspace)
     vector = np.concatenate([state.shared, state.heads["tweets"]])
     seconds: dict[str, list[float]] = {"bare": [], "inprocess": []}

@@ -45,8 +45,9 @@ def measure_clients(clients: int, workers: int) -> dict[str, Any]:
     from server.observer import Silent
 
     class Watch(Silent):
-        began = time.perf_counter()
-        marks: list[tuple[float, float]] = []
+        def __init__(self) -> None:
+            self.began = time.perf_counter()
+            self.marks: list[tuple[float, float]] = []
 
         def on_round_end(self, row: Mapping[str, Any]) -> None:
             self.marks.append((time.perf_counter() - self.began, peak_megabytes()))
@@ -56,10 +57,9 @@ def measure_clients(clients: int, workers: int) -> dict[str, Any]:
         config = small_run(Path(folder), clients, workers=workers, server=_server(clients))
         # What every run pays, whatever its size: a run of two clients first.
         run_inprocess(small_run(Path(folder), 2, rounds=1), client_evaluation=False)
-        watch = Watch()
-        Watch.began, base = time.perf_counter(), peak_megabytes()
+        watch, base = Watch(), peak_megabytes()
         result = run_inprocess(config, watch, client_evaluation=False)
-        total = time.perf_counter() - Watch.began
+        total = time.perf_counter() - watch.began
         size = result.state.shared.size
     rounds = np.diff([seconds for seconds, _ in watch.marks])
     return {
@@ -89,7 +89,7 @@ def measure_aggregation(repeats: int) -> dict[str, Any]:
     updates = (1e-3 * rng.standard_normal((20, ENTRIES))).astype(np.float32)  # 80 MB, in turns
     layout, digest = Layout((Segment("mask", ENTRIES),)), "00" * 32
     packed = [pack_update(u, layout, codec="fp32", digest=digest, round=1) for u in updates]
-    source, target = np.ones(_COPIED), np.zeros(_COPIED)
+    source, target = np.ones(_COPIED), np.full(_COPIED, 2.0)  # both in memory already
     seconds: dict[str, list[float]] = {"copy": [], "mean": [], "decode and mean": []}
     for _ in range(repeats):
         began = time.perf_counter()

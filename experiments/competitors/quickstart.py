@@ -1,7 +1,7 @@
 """Federated fine-tuning the way Flower's quickstarts show it: every message carries the whole model.
 
-A model per message, its full ``state_dict`` down and up, ``FedAvg``, the simulation runtime. Only the rows and
-their batches come from fedmask, so that the steps are the same ones.
+A model per message, its full ``state_dict`` down and up, ``FedAvg``, the simulation runtime. Only the rows
+and their batches come from fedmask, so that the steps are the same ones.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def run_quickstart(config: RunConfig) -> list[dict[str, float]]:
     marks = [0.0]
 
     def mean_of_seconds(contents: list[RecordDict], _weight: str) -> MetricRecord:
-        spent = sum(float(content.metric_records["metrics"]["seconds"]) for content in contents)  # type: ignore[arg-type]
+        spent = sum(float(content.metric_records["metrics"]["seconds"]) for content in contents)  # type: ignore[arg-type, misc]
         found.append({"round_seconds": time.perf_counter() - marks[-1], "steps_seconds": spent})
         marks.append(time.perf_counter())
         return MetricRecord({"seconds": spent})

@@ -102,7 +102,23 @@ def _names(table: Table, label: str) -> list[str]:
                 )
             value = int(value)
         names.append(_string(value).strip())
+    if classes is None:
+        _refuse_measurements(table.where, label, names)
     return names
+
+
+def _refuse_measurements(where: str, label: str, names: list[str]) -> None:
+    """DataError where text labels are all numbers and some are not whole: hardly classes."""
+    try:
+        numbers = {name: float(name) for name in set(names)}
+    except ValueError:  # words
+        return
+    found = next((name for name in names if not numbers[name].is_integer()), None)
+    if found is not None and all(map(math.isfinite, numbers.values())):
+        raise DataError(
+            f"{where}: expected class labels in column {label!r}, found numbers such as {found};"
+            f" metric spearman reads labels as numbers, and classes need whole numbers or words"
+        )
 
 
 def _numbers(table: Table, label: str) -> list[float]:

@@ -11,7 +11,7 @@ from fedmask.config import TaskConfig
 from fedmask.errors import ConfigError, DataError, unknown
 from fedmask.tasks.bundled import BUNDLED, bundled_table
 from fedmask.tasks.columns import LABEL, TEXT, TEXT_PAIR, Rows, class_names, rows_of
-from fedmask.tasks.files import SUFFIXES, read_file
+from fedmask.tasks.files import read_file
 from fedmask.tasks.hub import hub_tables
 from fedmask.tasks.splits import Split, carve
 from fedmask.tasks.table import Table
@@ -65,9 +65,9 @@ def _tables(task: TaskConfig) -> dict[Split, Table]:
         if task.dev or task.test:
             raise ConfigError(f"task {task.name!r} is bundled and has its own splits: leave dev and test out")
         return {"train": bundled_table(task.name)}
-    path = Path(task.source).expanduser()
-    if not path.exists() and path.suffix.lower() not in SUFFIXES:
+    if not task.is_local:
         return hub_tables(task)
+    path = Path(task.source).expanduser()
     tables: dict[Split, Table] = {"train": read_file(path)}
     if task.dev:
         tables["dev"] = read_file(Path(task.dev).expanduser())

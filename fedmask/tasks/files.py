@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedmask.config import FILE_ENDINGS
 from fedmask.errors import DataError
 from fedmask.tasks.table import Table, table_of
 
@@ -24,12 +25,20 @@ def read_file(path: Path) -> Table:
     tab always ends a field, a line end always ends a row, and quotes are part of the text.
     ``.jsonl`` and ``.json`` hold one object a line, or one array of objects. Raises DataError.
     """
-    where = f"file {path}"
-    if not path.is_file():
-        raise DataError(f"{where}: expected a file, found {'a folder' if path.is_dir() else 'nothing'} there")
+    where, endings = f"file {path}", ", ".join(SUFFIXES)
+    if path.is_dir():
+        raise DataError(f"{where}: expected a file, found a folder there; name a file in it ({endings})")
     reader = SUFFIXES.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{where}: expected a name ending in {', '.join(SUFFIXES)}, found {path.suffix!r}")
+        raise DataError(
+            f"{where}: expected a name ending in {endings}, found {path.suffix!r}; convert the file to one"
+            f" of these"
+        )
+    if not path.is_file():
+        raise DataError(
+            f"{where}: expected a file, found nothing there; check the name (relative ones start at the"
+            f" folder that you are in)"
+        )
     try:
         return reader(path, where)
     except UnicodeDecodeError as error:
@@ -51,7 +60,13 @@ def read_delimited(path: Path, where: str, delimiter: str, quoted: bool, errors:
             strict=True,
         )
         try:
-            header = next(reader, [])
+            header = next((row for row in reader if any(field.strip() for field in row)), [])
+            other = next((mark for mark in _DELIMITERS if len(header) == 1 and mark in header[0]), None)
+            if other is not None:
+                raise DataError(
+                    f"{where}: expected fields separated by {_DELIMITERS[delimiter]}, found a header with"
+                    f" {_DELIMITERS[other]}s instead; save it as .csv with commas or as .tsv with tabs"
+                )
             repeated = sorted({name for name in header if header.count(name) > 1})
             if repeated:
                 raise DataError(f"{where}: expected one column of each name, found {repeated[0]!r} twice")
@@ -60,6 +75,9 @@ def read_delimited(path: Path, where: str, delimiter: str, quoted: bool, errors:
             raise DataError(f"{where}: line {reader.line_num} cannot be read ({error})") from None
     columns = zip(*rows, strict=True) if rows else ((),) * len(header)
     return Table(where, dict(zip(header, columns, strict=True)))
+
+
+_DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 
 
 def _checked(reader: Iterable[list[str]], header: list[str], where: str) -> Iterator[list[str]]:
@@ -141,10 +159,5 @@ def _read_parquet(path: Path, where: str) -> Table:
     return table_of(Dataset(InMemoryTable(table)), where)
 
 
-SUFFIXES: dict[str, Callable[[Path, str], Table]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".jsonl": _read_json,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
+_READERS = (_read_csv, _read_tsv, _read_json, _read_json, _read_parquet)
+SUFFIXES: dict[str, Callable[[Path, str], Table]] = dict(zip(FILE_ENDINGS, _READERS, strict=True))

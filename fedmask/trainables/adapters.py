@@ -230,8 +230,7 @@ class MaskedWeightAdapters(MaskedEntries):
         with torch.no_grad():
             self.values.zero_()
             self.values[: self.size].copy_(change)
-            for slot in self._tensors:
-                self.written(slot.name)
+            self._write_all()
         inputs, factors = {}, []
         for slot in self._tensors:
             if slot.name in self._factor_at:

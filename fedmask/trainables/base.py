@@ -91,6 +91,18 @@ class Trainable(nn.Module, ABC):
     def restore(self) -> None:
         """Put back every value of the model that was written in place."""
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if f"{prefix}values" not in state_dict:
+            # Not only a missing key: a trainer that loads leniently would go on from the start, silently.
+            errors.append(
+                f"the state has no {prefix}values: it is a merged model's (save_pretrained writes one); "
+                "load what model.state_dict() gave, or load it before fedmask.sparsify"
+            )
+
 
 class Chunks:
     """``values`` cut into one piece a tensor, by a single differentiable split.

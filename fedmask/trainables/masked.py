@@ -56,8 +56,7 @@ class MaskedEntries(Trainable):
     def begin(self, change: torch.Tensor, draw: Draw) -> None:
         with torch.no_grad():
             self.values.copy_(change)
-            for slot in self._tensors:
-                self.written(slot.name)
+            self._write_all()
 
     def change(self) -> torch.Tensor:
         return self.values.detach().clone()
@@ -97,6 +96,11 @@ class MaskedEntries(Trainable):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._written = [None] * len(self._tensors)  # the weights have been loaded too, maybe a step behind
+
+    def _write_all(self) -> None:
+        """Write whatever was written before: another task's model may have used the same tensors since."""
+        for slot in self._tensors:
+            self._write(slot.name, self.entry(slot.name))
 
     def _write(self, name: str, entry: torch.Tensor) -> None:
         i = self._order[name]

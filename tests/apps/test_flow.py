@@ -26,7 +26,7 @@ from fedmask.workspace import get_workspace
 from server.app import make_server_app
 from server.joining import join
 from server.observer import Silent
-from server.rounds import Federation, RunState
+from server.rounds import Federation, RunState, most_claims
 from server.strategy import ServerStrategy
 from tests.apps.grids import read_rows, run_on
 
@@ -139,6 +139,15 @@ def test_clients_without_held_out_rows(make_config: MakeConfig) -> None:
     assert result.summary["clients"] == {}
 
 
+def test_clients_that_hold_out_most_of_their_rows_are_scored_on_them(make_config: MakeConfig) -> None:
+    result = run_inprocess(make_config(rounds=1, partition={"kind": "iid", "held_out": 0.8}))
+    assert result.summary["unscored"] == []
+    assert {task: found["clients"] for task, found in result.summary["clients"].items()} == {
+        "mood": 3,
+        "topic": 2,
+    }
+
+
 def test_sampling_is_by_partition_and_seed(make_config: MakeConfig) -> None:
     config = make_config(rounds=4, server={"clients_per_round": 2})
     rows = read_rows(run_inprocess(config, client_evaluation=False).folder, "rounds")
@@ -181,8 +190,7 @@ def test_a_round_is_a_function_of_its_state(make_config: MakeConfig) -> None:
         grid = InProcessGrid(config)
         strategy = ServerStrategy("fedadam", {"eta": 0.01})
         roster = join(grid, workspace, ledger, node_timeout=5.0, arrived=lambda _client: None)
-        rows = {client: len(workspace.rows(client)) for client in range(config.clients)}
-        return Federation(workspace, grid, roster, strategy, ledger, Silent(), rows)
+        return Federation(workspace, grid, roster, strategy, ledger, Silent(), most_claims(workspace))
 
     first = federation(Ledger())
     state = RunState.start(workspace)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
+from experiments.inprocess import InProcessGrid
 from fedmask.codecs import pack_update, read_header, unpack_update
 from fedmask.config import RunConfig
 from fedmask.errors import FederationError
@@ -48,11 +50,11 @@ def _repacked(reply: Message, **changes: object) -> Message:
     header = read_header(data)
     vector = unpack_update(data, layout=header.layout, digest=header.digest, round=header.round)
     given = {"vector": vector, "layout": header.layout, "digest": header.digest, "round": header.round}
-    given |= changes
+    given |= {"codec": header.codec, **changes}
     packed = pack_update(
         given["vector"],  # type: ignore[arg-type]
         given["layout"],  # type: ignore[arg-type]
-        codec=header.codec,
+        codec=given["codec"],  # type: ignore[arg-type]
         digest=given["digest"],  # type: ignore[arg-type]
         round=given["round"],  # type: ignore[arg-type]
         max_abs=np.inf,
@@ -89,6 +91,13 @@ def _without(reply: Message, name: str) -> Message:
     return _again(reply, RecordDict({key: value for key, value in reply.content.items() if key != name}))
 
 
+def _archive() -> Array:
+    """What ``numpy.load`` opens as an archive of arrays, not as an array."""
+    file = io.BytesIO()
+    np.savez(file, a=np.zeros(3, np.uint8))
+    return Array("uint8", (3,), "numpy.ndarray", file.getvalue())
+
+
 def _array(reply: Message, array: Array) -> Message:
     return _changed(reply, ArrayRecord({UPDATE: array}))
 
@@ -112,6 +121,23 @@ BAD_REPLIES: dict[str, tuple[Callable[[Message], Message], str]] = {
     "list of rows": (lambda m: _changed(m, **{"num-examples": [3.0]}), "expected one number"),
     "metric NaN": (lambda m: _changed(m, **{"train-loss": float("nan")}), "not finite"),
     "unknown metric": (lambda m: _changed(m, surprise=1.0), "surprise"),
+    "absurd steps": (lambda m: _changed(m, steps=1.7e308), "steps: expected a whole number from 0 to 2"),
+    "more steps than planned": (
+        lambda m: _changed(m, steps=3.0),
+        "steps: expected a whole number from 0 to 2",
+    ),
+    "negative steps": (lambda m: _changed(m, steps=-1.0), "steps"),
+    "absurd held-out rows": (
+        lambda m: _changed(m, **{"held-out": 1e12}),
+        "held-out: expected a whole number",
+    ),
+    "half a held-out row": (lambda m: _changed(m, **{"held-out": 0.5}), "held-out: expected a whole number"),
+    "score above one": (lambda m: _changed(m, **{"personal-score": 5.0}), "a score from -1 to 1"),
+    "score below minus one": (lambda m: _changed(m, **{"global-score": -1.1}), "a score from -1 to 1"),
+    "absurd loss": (lambda m: _changed(m, **{"train-loss": 1e300}), "train-loss: expected a loss from 0"),
+    "negative loss": (lambda m: _changed(m, **{"global-loss": -1}), "global-loss: expected a loss from 0"),
+    "metric of a known family": (lambda m: _changed(m, **{"global-x": 1.0}), "global-x"),
+    "another codec": (lambda m: _repacked(m, codec="fp16"), "expected values as fp32, found fp16"),
     "too many metrics": (lambda m: _changed(m, **{f"global-{i}": 1.0 for i in range(9)}), "at most 9"),
     "half a step": (lambda m: _changed(m, steps=0.5), "steps"),
     "missing metric": (lambda m: _with(m, METRICS, MetricRecord({"num-examples": 3})), "missing"),
@@ -130,6 +156,7 @@ BAD_REPLIES: dict[str, tuple[Callable[[Message], Message], str]] = {
     "floats": (lambda m: _array(m, Array(np.zeros(9, np.float32))), "uint8"),
     "a matrix": (lambda m: _array(m, Array(np.zeros((3, 3), np.uint8))), "uint8"),
     "another format": (lambda m: _array(m, Array("uint8", (3,), "other", b"abc")), "uint8"),
+    "an archive": (lambda m: _array(m, _archive()), "found a NpzFile"),
     "a lie about the array": (
         lambda m: _array(m, Array("uint8", (3,), "numpy.ndarray", b"abc")),
         "cannot be read",
@@ -164,6 +191,36 @@ def test_bad_replies_change_nothing(make_config: MakeConfig) -> None:
     clean = run_on(TamperedGrid(config, lambda _c, _r, reply: [reply], quick_app))
     assert spoilt.summary["vector_sha256"] == absent.summary["vector_sha256"]
     assert spoilt.summary["vector_sha256"] != clean.summary["vector_sha256"]
+
+
+def test_scores_below_zero_count(make_config: MakeConfig) -> None:
+    """Correlations have a sign; only what no metric can be is refused."""
+    config = make_config(clients=(3, 1), rounds=1)
+    grid = TamperedGrid(
+        config,
+        lambda _c, _r, reply: [_changed(reply, **{"global-score": -0.5, "personal-score": 1})],
+        quick_app,
+    )
+    row = read_rows(run_on(grid).folder, "rounds")[1]
+    assert (row["rejected"], row["global"]["mood"], row["personal"]["mood"]) == ([], -0.5, 1.0)
+
+
+def test_bad_evaluations_are_left_out_and_named(make_config: MakeConfig) -> None:
+    config = make_config(clients=(3, 1), rounds=1)
+    lies: dict[int, dict[str, float]] = {0: {"num-examples": 10**6}, 1: {"global-score": 7.0}}
+
+    class LyingGrid(InProcessGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            for reply in super().pull_messages(message_ids):
+                client = self._partitions[reply.metadata.src_node_id]
+                kind = reply.metadata.message_type
+                yield _changed(reply, **lies[client]) if kind == "evaluate" and client in lies else reply
+
+    found = run_on(LyingGrid(config, 1, quick_app), client_evaluation=True).summary
+    assert {task: one["clients"] for task, one in found["clients"].items()} == {"mood": 1, "topic": 1}
+    assert [one["client"] for one in found["unscored"]] == [0, 1]
+    assert "num-examples" in found["unscored"][0]["reason"]
+    assert "a score from -1 to 1" in found["unscored"][1]["reason"]
 
 
 def test_second_reply_is_rejected_and_the_first_counts(make_config: MakeConfig) -> None:

@@ -235,6 +235,12 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["run", "--task", "name=mood,source=MOOD,text=text,label=label,clients=9999", "--partition", "iid"],
         ["9999", "rows"],
     ),
+    "a text file": (
+        ["run", "--task", "name=a,source=absent.txt,text=t,label=l,clients=2"],
+        [".txt", ".parquet"],
+    ),
+    "more tokens than positions": (["run", "--task", "bbc:1", "--max-tokens", "33"], ["at most 32", "33"]),
+    "a word for a strategy's number": (["run", "--option", "eta=x"], ["eta: expected a number", "eta=0.1"]),
     "no such run": (["report", "runs/absent"], ["runs/absent", "found none"]),
     "unknown ledger key": (["ledger", "RUN", "--by", "rund"], ["rund", "nearest is 'round'"]),
     "unknown eligible set": (["mask", "MODEL", "--eligible", "liner"], ["liner", "nearest is 'linear'"]),
@@ -274,6 +280,13 @@ def test_help_loads_no_heavy_library() -> None:
         "print(json.dumps([m for m in heavy if m in sys.modules]))"
     )
     assert in_a_new_process(code) == []
+
+
+def test_no_words_at_all_get_the_help(fedmask: Run) -> None:
+    code, out, err = fedmask()
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: ") and "fine-tune a pre-trained" in err.lower()
+    assert {"run", "mask", "report"} <= set(err.split())
 
 
 def test_every_command_has_help(fedmask: Run) -> None:

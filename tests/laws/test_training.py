@@ -425,6 +425,13 @@ def test_a_shared_backbone_serves_two_tasks_in_turn(workspaces: dict[str, Worksp
     assert backbone_of(mood) is not backbone_of(price)
     one, two = some_vector(workspace, "mood"), some_vector(workspace, "price", 0.05)
     alone = workspace.evaluate("price", two, workspace.central("price", "dev"))
+    # Even where nobody puts the tensors back, the next one to begin finds them at its own values.
+    for model, vector in ((price, two), (mood, one), (price, two)):
+        tuning_of(model).begin(torch.tensor(vector), Stream(1, -1, -1).shared())
+    inputs = workspace.central("price", "dev")
+    assert evaluate(price, inputs, "spearman", workspace.backbone.pad_id) == alone
+    tuning_of(price).restore()
+    tuning_of(mood).restore()
     with tuned(mood, one, Stream(1, 1, 0)):
         assert bits(ours["embeddings.word_embeddings.weight"]) == bits(
             theirs["embeddings.word_embeddings.weight"]

@@ -182,6 +182,15 @@ def test_a_state_dict_saved_right_after_a_step_and_loaded_over_another_state(way
     assert not torch.equal(outputs(tuned), wanted)
 
 
+def test_a_merged_state_is_not_taken_for_a_tuned_one() -> None:
+    """A trainer that resumes from ``save_pretrained``'s file loads leniently and would start again."""
+    tuned = trained("mask and head")
+    merged = merge(copy.deepcopy(tuned))
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"no fedmask\.mask\.values: it is a merged model's"):
+            tuned.load_state_dict(merged.state_dict(), strict=strict)
+
+
 @EACH_WAY
 @pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
 def test_saved_by_transformers_and_loaded_again(way: str, kind: str, tmp_path: Path) -> None:
@@ -265,6 +274,34 @@ def test_a_step_is_seen_by_the_next_forward(way: str, step: Callable[[nn.Paramet
             assert torch.allclose(outputs(merge(fresh)), seen, atol=1e-6)
 
 
+def test_the_bundled_model_tuned_and_merged() -> None:
+    """A real checkpoint: k values and adapters train, masked entries and feed-forward biases change."""
+    from fedmask.models import load_backbone
+    from fedmask.space import backbone_parameters
+
+    model = load_backbone("minilm").model
+    before = {name: p.detach().clone() for name, p in backbone_parameters(model).items()}
+    mask = magnitude_mask(model)
+    tuned = sparsify(model, mask, bias_adapters=4)
+    inputs = batch(2, 6)
+    assert sum(p.numel() for p in tuned.parameters() if p.requires_grad) == 53_084 + 2 * 4 * 11_520
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.1)
+    outputs(tuned, inputs).square().mean().backward()
+    optimizer.step()
+    wanted = outputs(tuned, inputs).detach()
+    merged = merge(tuned)
+    assert torch.allclose(outputs(merged, inputs), wanted, atol=1e-6)
+    places, changed = mask.per_tensor(), 0
+    for name, parameter in backbone_parameters(merged).items():
+        different = (parameter != before[name]).view(-1).nonzero().view(-1)
+        if name in places:
+            assert set(different.tolist()) <= set(places[name].tolist()), name
+            changed += len(different)
+        else:
+            assert not len(different) or name.endswith(("intermediate.dense.bias", "output.dense.bias")), name
+    assert changed > 0.9 * mask.k
+
+
 def test_a_second_attachment_is_refused() -> None:
     tuned = trained("mask")
     wanted = outputs(tuned)
@@ -280,6 +317,13 @@ def test_two_parts_for_one_segment_are_refused_before_anything_changes() -> None
     with pytest.raises(ConfigError, match="one segment"):
         sparsify(model, magnitude_mask(model, 0.01), ffn_bias=True, bias_adapters=4)
     assert all(p.requires_grad for p in model.parameters()) and "fedmask" not in repr(model)
+
+
+def test_a_head_that_is_not_there_is_refused() -> None:
+    model = make_model("gpt2")
+    with pytest.raises(ConfigError, match=r"GPT2Model has no head to train; load it with its head"):
+        sparsify(model, magnitude_mask(model, 0.01), head=True)
+    assert "fedmask" not in repr(model)
 
 
 def test_a_mask_for_other_weights_is_refused() -> None:

@@ -16,12 +16,15 @@ from fedmask.methods import METHODS
 TASKS = [{"name": "tweets", "clients": 6}, {"name": "bbc", "clients": 2}]
 
 WRONG = {
-    "density above one": ({"density": 2.0}, ["density", "greater than 0 and at most 1", "2.0"]),
+    "density above one": (
+        {"density": 2.0},
+        ["density", "greater than 0 and at most 1", "2.0", "give such a number (the default is 0.005)"],
+    ),
     "density of zero": ({"density": 0}, ["density", "greater than 0"]),
     "density not a number": ({"density": float("nan")}, ["density", "nan"]),
     "text for a number": ({"rounds": "8"}, ["rounds", "integer", "'8'"]),
     "true for a number": ({"rounds": True}, ["rounds", "True"]),
-    "no rounds": ({"rounds": 0}, ["rounds", "at least 1", "found 0"]),
+    "no rounds": ({"rounds": 0}, ["rounds", "at least 1", "found 0; give such"]),
     "unknown key": ({"methd": "pafi"}, ["methd", "nearest is 'method'"]),
     "unknown method": ({"method": "paffi"}, ["paffi", "nearest is 'pafi'"]),
     "unknown nested key": ({"train": {"lrr": 1.0}}, ["train", "lrr", "nearest is 'lr'"]),
@@ -30,7 +33,7 @@ WRONG = {
     "natural without column": ({"partition": {"kind": "natural"}}, ["partition", "column"]),
     "no tasks": ({"tasks": []}, ["tasks", "at least 1"]),
     "tasks missing": ({"tasks": None}, ["tasks"]),
-    "no clients": ({"tasks": [{"name": "a", "clients": 0}]}, ["tasks[0].clients", "at least 1", "0"]),
+    "no clients": ({"tasks": [{"name": "a", "clients": 0}]}, ["tasks[0].clients", "at least 1", "0; give"]),
     "clients missing": ({"tasks": [TASKS[0], {"name": "a"}]}, ["tasks[1].clients", "missing"]),
     "a task twice": ({"tasks": [TASKS[0], TASKS[0]]}, ["tasks", "'tweets'", "twice"]),
     "unknown metric": (
@@ -47,7 +50,11 @@ WRONG = {
         {"server": {"clients_per_round": 2, "min_replies": 3}},
         ["min_replies", "2", "3"],
     ),
-    "a strategy option that is no number": ({"server": {"options": {"eta": "x"}}}, ["server.options.eta"]),
+    "a strategy option that is no number": (
+        {"server": {"options": {"eta": "x"}}},
+        ["server.options.eta: expected a number, found 'x'; give one, as in eta=0.1"],
+    ),
+    "none where it is not allowed": ({"rounds": "none"}, ["rounds", "'none'"]),
     "weight adapters alone": ({"method": "hiwi", "adapter": {"target": "weight"}}, ["hiwi", "pafi+hiwi"]),
 }
 
@@ -66,6 +73,14 @@ def test_a_mistake_is_one_line_that_names_it(case: str) -> None:
 def test_direct_construction_raises_the_same_error() -> None:
     with pytest.raises(ConfigError, match="alpha: expected a number greater than 0, found -1"):
         PartitionConfig(alpha=-1)
+
+
+def test_the_text_none_clears_what_may_be_none() -> None:
+    train = {"steps": "none", "clip_norm": "none", "head_lr": "none"}
+    config = from_dict({"tasks": TASKS, "workers": "none", "train": train, "name": "none"})
+    assert (config.train.steps, config.train.clip_norm, config.train.head_lr) == (None, None, None)
+    assert (config.workers, config.name) == (None, "none")
+    assert from_json(config.model_dump_json()) == config
 
 
 def test_settings_cannot_be_changed() -> None:

@@ -145,6 +145,23 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path, folders: dict
         assert "\n" not in str(error.value) and name in str(error.value), name
 
 
+def test_weights_of_another_architecture_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """transformers fills in random numbers and only logs it."""
+    folder = save_checkpoint(tmp_path / "m")
+    (folder / "model.safetensors").write_bytes((folders["gpt2"] / "model.safetensors").read_bytes())
+    with pytest.raises(ConfigError, match=r"its checkpoint lacks embeddings\.LayerNorm\.bias and 36 more"):
+        load_backbone(str(folder))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "gpt2", "llama"])
+def test_a_model_without_its_tokenizer_is_refused(architecture: str, tmp_path: Path) -> None:
+    """transformers makes up an empty one, to which every text is the same."""
+    make_model(architecture).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"knows no words|cannot be loaded") as error:
+        load_backbone(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
 def test_weights_that_are_cut_off_or_have_other_shapes_are_refused(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "m")
     file = folder / "model.safetensors"

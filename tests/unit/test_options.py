@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.options import DEMO, KEYS, STUDIES, build_config, parse_task
+from experiments.options import DEMO, KEYS, STUDIES, build_config, parse_task, with_absolute_paths
 from fedmask.config import load_config
 from fedmask.errors import ConfigError
 
@@ -22,6 +22,38 @@ def test_an_option_wins_over_the_file_and_none_means_not_given(tmp_path: Path) -
     path.write_text("density = 0.1\nrounds = 3\n[train]\nlr = 0.5\n[[tasks]]\nname = 'bbc'\nclients = 2\n")
     config = build_config(path, {"density": 0.2, "lr": None, "alpha": 9.0})
     assert (config.density, config.rounds, config.train.lr, config.partition.alpha) == (0.2, 3, 0.5, 9.0)
+
+
+def test_epochs_are_not_cut_short_by_the_file_s_steps() -> None:
+    assert build_config(None, {}).train.steps is not None
+    assert build_config(None, {"epochs": 2.0}).train.steps is None
+    assert build_config(None, {"epochs": 2.0, "steps": 3}).train.steps == 3
+    assert build_config(None, {"epochs": 2.0}, sets=["train.steps=4"]).train.steps == 4
+
+
+def test_none_clears_a_setting() -> None:
+    config = build_config(None, {}, sets=["train.steps=none", "train.clip_norm=none"])
+    assert (config.train.steps, config.train.clip_norm) == (None, None)
+
+
+def test_adapters_have_a_rate_of_their_own() -> None:
+    config = build_config(None, {"lr": 0.5, "adapter_lr": 0.25})
+    assert (config.train.lr, config.train.adapter_lr, config.train.head_lr) == (0.5, 0.25, None)
+
+
+def test_local_names_become_absolute_and_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    own = "name=own,source=rows.csv,dev=dev.csv,text=t,label=l,clients=1"
+    hub = "name=hub,source=owner/rows,dev=validation,text=t,label=l,clients=1"
+    config = with_absolute_paths(build_config(None, {"model": "model"}, tasks=["bbc:1", own, hub]))
+    assert config.model == str(tmp_path / "model")
+    assert [(task.source, task.dev, task.test) for task in config.tasks] == [
+        ("", "", ""),
+        (str(tmp_path / "rows.csv"), str(tmp_path / "dev.csv"), ""),
+        ("owner/rows", "validation", ""),
+    ]
+    assert with_absolute_paths(build_config(None, {"model": "owner/name"})).model == "owner/name"
 
 
 def test_every_option_reaches_a_setting() -> None:

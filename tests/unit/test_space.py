@@ -23,7 +23,6 @@ from fedmask.space import (
 from fedmask.trainables import feed_forward_biases
 from tests.support import config_of, make_model
 
-
 # The bundled model's. Any change of these two breaks every mask that has been agreed on.
 CHECKPOINT = "a23673fe34fd9c1355e501f105392d5b06bd96f09ceb34da0a5c8d479d906346"
 MASK = "a7e7708a8832ba31bf0ed9eff36b5ca9aa25aa7900211596f242100f7204d479"

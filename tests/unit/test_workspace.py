@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedmask.errors import CheckpointError, ConfigError
 from fedmask.layout import Segment
@@ -71,6 +72,16 @@ def test_the_mask_is_the_plain_function_s(workspace: Workspace) -> None:
     recipe = workspace.recipe()
     assert recipe is not None and recipe.mask == workspace.digest
     assert recipe.checkpoint == workspace.checkpoint_digest
+
+
+def test_texts_longer_than_the_model_can_read_are_refused_at_once(folder: Path, tmp_path: Path) -> None:
+    roberta = save_run_files(tmp_path / "roberta", "roberta")
+    for where, limit in ((folder, 40), (roberta, 39)):  # RoBERTa's positions start after the padding token's
+        Workspace(run_config(where, train={"max_tokens": limit})).backbone.model(
+            torch.full((1, limit), 5), torch.ones(1, limit)
+        )
+        with pytest.raises(ConfigError, match=rf"reads at most {limit} tokens, found {limit + 1}; lower it"):
+            Workspace(run_config(where, train={"max_tokens": limit + 1})).layout("mood")
 
 
 def test_random_masks_follow_the_run_s_seed(folder: Path) -> None:

@@ -114,6 +114,7 @@ def test_half_a_surrogate_pair_is_replaced(task_file: Write) -> None:
         ("text,label\na,1\nb,x\n", {"metric": "spearman"}, "a number in column 'label', found 'x' in row 2"),
         ("text,label\na,1\nb,inf\n", {"metric": "spearman"}, "found 'inf' in row 2"),
         ("text,label\na,1\nb,2\nc,3\n", {"metric": "f1"}, "f1 is for two labels .* found 3"),
+        ("text,label\na,4\nb,3.5\nc,3\n", {}, "numbers such as 3.5; metric spearman .*whole numbers or words"),
     ],
 )  # fmt: skip
 def test_bad_rows(task_file: Write, content: str, settings: dict[str, object], message: str) -> None:
@@ -147,6 +148,25 @@ def test_labels_that_train_does_not_have(task_file: Write, tmp_path: Path) -> No
         DataError, match=r"dev\.csv: expected the labels of train \(bad, good\), found 'fine'"
     ):
         load_task(task_file("a.csv", csv_of(["bad", "good"] * 20), dev=str(tmp_path / "dev.csv")))
+
+
+def test_words_among_numbers_and_whole_numbers_with_a_point_stay_classes(task_file: Write) -> None:
+    assert load_task(task_file("a.csv", csv_of(["3.5", "unknown"] * 20))).labels == ("3.5", "unknown")
+    assert load_task(task_file("b.csv", csv_of(["1.0", "2.0"] * 20))).labels == ("1.0", "2.0")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["rows.txt", "data/train.txt.gz", "../x/y", "./rows", "a/b/c", "~/rows", "folder/rows", "folder"],
+)
+def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=r"\.csv, \.tsv, \.jsonl, \.json, \.parquet") as caught:
+        load_task(TaskConfig(name="own", source=source, text="text", label="label", clients=1))
+    assert "hub" not in str(caught.value)
 
 
 def test_missing_files_are_named(task_file: Write, tmp_path: Path) -> None:

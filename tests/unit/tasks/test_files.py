@@ -112,6 +112,12 @@ WRITERS: dict[str, Callable[[Path, str], object]] = {
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', "line 2 is no JSON"),
         ("a.jsonl", b'{"text": "a"}\n["a"]\n', "expected an object in each row, found an array in row 2"),
         ("a.parquet", b"nothing of the kind", "expected a Parquet file"),
+        (
+            "a.csv",
+            b"text;label\na, b;1\n",
+            "separated by comma, found a header with semicolons instead; save",
+        ),
+        ("a.tsv", b"text,label\na\t1\n", "separated by tab, found a header with commas instead; save"),
         ("a.xlsx", b"PK", r"expected a name ending in \.csv, .*found '\.xlsx'"),
     ],
 )
@@ -121,6 +127,12 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> N
     with pytest.raises(DataError, match=message) as caught:
         read_file(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_blank_lines_before_the_header_do_not_count(tmp_path: Path) -> None:
+    for name, mark in (("a.csv", ","), ("a.tsv", "\t")):
+        (tmp_path / name).write_text(f"\n \n\ntext{mark}label\none{mark}1\n\ntwo{mark}2\n")
+        assert columns(tmp_path / name) == {"text": ["one", "two"], "label": ["1", "2"]}
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:
