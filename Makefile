@@ -47,6 +47,8 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m experiments.benchmarks.kernels
 	$(BIN)/python -m experiments.benchmarks.codecs
+	$(BIN)/python -m experiments.benchmarks.overhead
+	$(BIN)/python -m experiments.benchmarks.scale
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -71,7 +71,8 @@ def run_quickstart(config: RunConfig) -> list[dict[str, float]]:
     marks = [0.0]
 
     def mean_of_seconds(contents: list[RecordDict], _weight: str) -> MetricRecord:
-        spent = sum(float(content.metric_records["metrics"]["seconds"]) for content in contents)  # type: ignore[arg-type, misc]
+        metrics = [content.metric_records["metrics"] for content in contents]
+        spent = sum(float(one["seconds"]) for one in metrics)  # type: ignore[arg-type, misc]
         found.append({"round_seconds": time.perf_counter() - marks[-1], "steps_seconds": spent})
         marks.append(time.perf_counter())
         return MetricRecord({"seconds": spent})
