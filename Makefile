@@ -8,12 +8,14 @@
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                         where torch comes from. Empty: the package index that pip is set to. On Linux that is
 #                         a CUDA build of several GB; the address above holds builds for CPUs (200 MB).
-#   CONSTRAINTS=          empty: let pip choose versions instead of those that are tested (constraints.txt)
+#   CONSTRAINTS=          empty: let pip choose versions, torch's too, instead of those that are tested
+#                         (constraints.txt)
+#   TORCH=torch==2.12.0   another torch, beside CONSTRAINTS= (which pin the tested one too)
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 CONSTRAINTS ?= constraints.txt
-TORCH ?= torch==2.13.0
+TORCH ?= $(if $(CONSTRAINTS),torch==2.13.0,torch>=2.6,<3)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,6 +51,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m experiments.benchmarks.codecs
 	$(BIN)/python -m experiments.benchmarks.overhead
 	$(BIN)/python -m experiments.benchmarks.scale
+	$(BIN)/python -m experiments.benchmarks.masking
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

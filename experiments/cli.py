@@ -106,16 +106,24 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing run of this name.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted run of this name.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Run a federation and write runs/NAME."""
     from experiments.options import KEYS, build_config, with_absolute_paths
 
     given = locals()
-    settings = build_config(config, {key: given[key] for key in KEYS}, task or (), option or (), set_ or ())
+    asked = {key: given[key] for key in KEYS}
+    if resume and config is None:
+        from experiments.runs import stored_settings
+
+        config, asked = stored_settings(asked)
+    settings = build_config(config, asked, task or (), option or (), set_ or ())
     from experiments.launch import Engine, run_federation
 
-    chosen = Engine(engine, backend, connection, federation_config, overwrite)
+    chosen = Engine(engine, backend, connection, federation_config, overwrite, resume)
     if engine != "superlink":  # its nodes read files below folders of their own
         settings = with_absolute_paths(settings)
     run_federation(settings, chosen, as_json=json)

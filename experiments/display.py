@@ -61,7 +61,10 @@ class RunProgress:
 
     def on_round_start(self, round: int, clients: tuple[int, ...]) -> None:
         """Start the clients' bar anew."""
-        self._clients_again(len(clients) or self.everyone)  # round 0: all of them join
+        self._clients_again(len(clients) or self.everyone)  # before the first round all of them join
+        if round and not clients:
+            self.progress.update(self.rounds, completed=round)
+            self.console.print(f"going on after round {round}", highlight=False)
 
     def on_reply(self, client: int) -> None:
         """One client more has answered."""

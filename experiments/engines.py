@@ -80,7 +80,9 @@ def run_ray(
     whose machines must have fedmask, the model and the data. Raises ``FedmaskError``.
     """
     if importlib.util.find_spec("ray") is None:
-        raise ConfigError("engine 'ray': Ray is not installed; install the extra: pip install 'fedmask[ray]'")
+        raise ConfigError(
+            "engine 'ray': Ray is not installed; in fedmask's checkout run: pip install -e '.[ray]'"
+        )
     from flwr.simulation import run_simulation
 
     results: list[RunResult] = []

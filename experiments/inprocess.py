@@ -74,7 +74,8 @@ class InProcessGrid(Grid):
         known = []
         for message in messages:
             if message.metadata.dst_node_id in self._partitions:
-                message.metadata.__dict__["_message_id"] = f"message-{next(self._count)}"
+                # Of one length, so that a message's bytes do not depend on how many went before.
+                message.metadata.__dict__["_message_id"] = f"message-{next(self._count):012d}"
                 known.append(message)
         for message, parcel in zip(known, pack(known), strict=True):
             node = message.metadata.dst_node_id

@@ -21,7 +21,8 @@ class Engine:
     """Where a run happens, with the options that only one engine understands.
 
     ``backend``: JSON for Flower's simulation backend (ray); ``connection`` and ``federation_config``: see
-    ``flwr run`` (superlink); ``overwrite``: replace an older run (inprocess, ray). Raises ConfigError.
+    ``flwr run`` (superlink); ``overwrite``: replace an older run, ``resume``: go on with one that was
+    interrupted (inprocess, ray). Raises ConfigError.
     """
 
     name: str = "inprocess"
@@ -29,6 +30,7 @@ class Engine:
     connection: str | None = None
     federation_config: str | None = None
     overwrite: bool = False
+    resume: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in ENGINES:
@@ -42,6 +44,15 @@ class Engine:
                 raise ConfigError(
                     f"--{option.replace('_', '-')} is for --engine {engine}, found --engine {self.name}"
                 )
+        if self.overwrite and self.resume:
+            raise ConfigError(
+                "--overwrite and --resume exclude each other: replace the older run, or go on with it"
+            )
+        if self.resume and self.name == "superlink":
+            raise ConfigError(
+                "--resume is not for --engine superlink: the run's folder, with its saved state, lies on the"
+                " SuperLink's host; there, --engine inprocess or ray can go on with it"
+            )
         if self.overwrite and self.name == "superlink":
             raise ConfigError(
                 "--overwrite is not for --engine superlink: its host keeps older runs and numbers new ones"
@@ -67,7 +78,7 @@ def run_federation(config: RunConfig, engine: Engine, *, as_json: bool) -> None:
     # An existing run is refused before anything heavy is loaded.
     from server.record import Existing, RunFolder
 
-    existing: Existing = "overwrite" if engine.overwrite else "refuse"
+    existing: Existing = "overwrite" if engine.overwrite else "resume" if engine.resume else "refuse"
     RunFolder(config, existing)
     from experiments.engines import run_inprocess, run_ray
     from experiments.report import write_report

@@ -87,7 +87,8 @@ None: every reply of every round was used.
 - Not counted: HTTP and TCP headers, TLS, heartbeats, the bundle with the app's code, and the
   pre-trained checkpoint, which every party is taken to hold already.
 - Scores are those of one seed. On n rows an accuracy near p has a standard error of
-  sqrt(p (1 - p) / n); the dev scores here stand on at most {{ config.eval_rows }} rows a task.
+  sqrt(p (1 - p) / n); the dev scores here stand on at most {{ config.eval_rows }} rows,
+  shared equally by the tasks.
 - *Held-out rows, after local training* is each client's own model on its own rows (personalized);
   *as received* is the shared model on the same rows. Both are means over the sampled clients.
 

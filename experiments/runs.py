@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def read_run(folder: str | Path) -> Run:
                if not (path / name).is_file()]  # fmt: skip
     if missing:
         raise ConfigError(
-            f"{folder}: expected a finished run, found no {', '.join(missing)}: run it again with --overwrite"
+            f"{folder}: expected a finished run, found no {', '.join(missing)}: go on with it by fedmask run"
+            f" --resume, or run it again with --overwrite"
         )
     return Run(
         folder=path,
@@ -55,6 +57,18 @@ def read_run(folder: str | Path) -> Run:
         ledger=Ledger.read_jsonl(path / "ledger.jsonl"),
         summary=_json(path / "summary.json"),
     )
+
+
+def stored_settings(given: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The ``config.json`` of the run that ``given`` names, and ``given`` with that place spelt out.
+
+    Raises ConfigError when there is no such run.
+    """
+    place = {"runs_dir": given.get("runs_dir") or "runs", "name": given.get("name") or "run"}
+    folder = Path(place["runs_dir"]).expanduser() / place["name"]
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--resume: {folder}: expected a run, found none{_others(folder)}")
+    return folder / "config.json", {**given, **place}
 
 
 def _others(path: Path) -> str:

@@ -19,7 +19,7 @@ import fedmask._env  # noqa: F401  (its switches are passed on to flwr)
 
 from experiments.bundle import app_folder
 from fedmask.config import RunConfig
-from fedmask.errors import FederationError
+from fedmask.errors import ConfigError, FederationError
 from server.app import FOLDER_LINE
 
 # Run as a module of this interpreter: the script `flwr` need not be on the PATH.
@@ -27,6 +27,8 @@ _FLWR = [sys.executable, "-c", "from flwr.cli.app import app; app()"]
 _STARTED = re.compile(r"Successfully started run (\d+)")
 _FOLDER = re.compile(re.escape(FOLDER_LINE) + r" (.+) on (\S+)")
 _ERROR = re.compile(r"(?:fedmask\.errors\.|\b)(\w*Error): (.+)")
+_UNKNOWN_CONNECTION = re.compile(r"SuperLink connection '.*' not found in .*\.")
+_BOX = "│╭╮╰╯─ "  # what flwr draws around its errors
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _SETTLE_SECONDS = 60.0
 
@@ -56,7 +58,7 @@ def run_superlink(
     ``connection``: a name from Flower's config.toml (None: its default). ``show`` is called with each line
     of the run's log. ``options``: more options for ``flwr run``, such as ``--federation-config``. The whole
     config travels as one JSON string. Raises ``FederationError`` when the run did not complete, whatever
-    exit code ``flwr run`` has (0 even for a failed run).
+    exit code ``flwr run`` has (0 even for a failed run), and ``ConfigError`` for an unknown connection.
     """
     where = [connection] if connection else []
     with app_folder() as folder, tempfile.TemporaryDirectory(prefix="fedmask-run-") as scratch:
@@ -67,6 +69,11 @@ def run_superlink(
     text = "\n".join(lines)
     started = _STARTED.search(text)
     if started is None:
+        unknown = _UNKNOWN_CONNECTION.search(text)
+        if unknown is not None:
+            raise ConfigError(
+                f"--connection: {unknown.group().rstrip('.')}; name one of its [superlink.NAME] tables"
+            )
         raise FederationError(f"the SuperLink took no run: {_last(lines) or f'flwr run ended with {code}'}")
     run_id = started.group(1)
     status = _final_status(run_id, where)
@@ -104,6 +111,8 @@ def _follow(arguments: Sequence[str], show: Callable[[str], None] | None) -> tup
             for line in process.stdout or ():
                 plain = _COLOURS.sub("", line).rstrip()
                 lines.append(plain)
+                if plain.startswith(tuple("│╭╰")):  # told again, in one line, when the command ends
+                    continue
                 if show is not None and plain:
                     show(plain)
         except BaseException:
@@ -145,7 +154,9 @@ def _environment() -> dict[str, str]:
 
 
 def _last(lines: Sequence[str]) -> str:
-    return next((line for line in reversed(lines) if line.strip()), "")
+    """The last line that says something, without the box that may be around it."""
+    inner = (line.strip(_BOX) for line in reversed(lines) if not line.startswith(("╭", "╰")))
+    return next(filter(None, inner), "")
 
 
 def _summary(folder: Path, host: str) -> dict[str, Any] | None:

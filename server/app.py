@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from server.joining import join
 from server.observer import Observer, Silent
 from server.overlap import measured_unions
 from server.record import Existing, RunFolder, vector_digest
+from server.resume import forget_states, interrupted, save_state
 from server.rounds import Federation, Row, RunState, most_claims
 from server.streaming import make_strategy
 from server.summary import costs, save_change
@@ -93,74 +94,101 @@ def run_server(
     client_evaluation: bool,
     node_timeout: float,
 ) -> RunResult:
-    """The whole run over a grid. Raises ``FedmaskError``; settings are checked before anything is written."""
+    """The whole run over a grid. Raises ``FedmaskError``.
+
+    Nothing is written, and no older run removed, before model, rows and the first score are there and the
+    clients have joined.
+    """
     began = time.monotonic()
     folder = RunFolder(config, existing)
+    point = interrupted(folder.path, config) if existing == "resume" else None
     strategy = make_strategy(config.server)
     workspace = get_workspace(config)
-    state = RunState.start(workspace)
+    state = point.state if point else RunState.start(workspace)
     strategy.check(config.server.clients_per_round or config.clients, state.shared.size)
     record = run_record(workspace, engine)
-    folder.create()
-    folder.write_config(record)
+    if point:
+        point.check(record)
+        strategy.load_state(point.strategy)
     observer.on_start(folder.path, config.rounds, config.clients)
+    observer.on_round_start(state.round, ())
+    # Scored before joining: worker processes and nodes load their models meanwhile.
+    dev = {} if point else central_scores(workspace, state.shared, state.heads, "dev", config.eval_rows)
     ledger = Ledger()
+    roster = join(grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply)
+    if point:
+        ledger = point.go_on(folder.path, record, ledger)
+    else:
+        folder.create(record)
+    record = {}  # thousands of clients' label counts, which are in the file
     try:
-        observer.on_round_start(0, ())
-        # Scored before joining: worker processes and nodes load their models meanwhile.
-        dev = central_scores(workspace, state.shared, state.heads, "dev", config.eval_rows)
-        roster = join(grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply)
-        record = {}  # thousands of clients' label counts, which are in the file
-        most = most_claims(workspace)
-        federation = Federation(workspace, grid, roster, strategy, ledger, observer, most)
-        first = federation.start_row(dev, began)
-        summary, state = _run_rounds(federation, state, first, folder, began, client_evaluation)
+        federation = Federation(workspace, grid, roster, strategy, ledger, observer, most_claims(workspace))
+        rows = point.rows if point else []
+        earlier = sum(row["seconds"] for row in rows)
+        if not point:
+            rows.append(federation.start_row(dev, began))
+            _end_round(federation, state, rows[0], folder)
+        while state.round < config.rounds:
+            state, row = federation.train_round(state)
+            rows.append(row)
+            _end_round(federation, state, row, folder)
+        summary = _finish(federation, state, rows, folder, began - earlier, client_evaluation)
     finally:
         folder.save_ledger(ledger)  # also of a run that failed: it says who and in which round
-    folder.write_summary(summary)
     observer.on_end(summary)
     return RunResult(folder.path, summary, state)
 
 
-def _run_rounds(
+def _end_round(federation: Federation, state: RunState, row: Row, folder: RunFolder) -> None:
+    """Write what the round left; the state last, because it says that all the rest is there."""
+    folder.append_round(row)
+    folder.save_ledger(federation.ledger)
+    save_state(folder.path, state, federation.strategy.state(), len(federation.ledger))
+    federation.observer.on_round_end(row)
+    log.info("%s", _line(row, federation.config.rounds))
+
+
+def _finish(
     federation: Federation,
     state: RunState,
-    row: Row,
+    rows: Sequence[Row],
     folder: RunFolder,
     began: float,
     client_evaluation: bool,
-) -> tuple[dict[str, Any], RunState]:
-    """All rounds after ``state`` and its ``row``; summary and final state. Writes rows, ledger and delta."""
-    workspace, ledger, rounds = federation.workspace, federation.ledger, federation.config.rounds
-    steps, schedule = 0, []
-    while True:
-        folder.append_round(row)
-        folder.save_ledger(ledger)
-        federation.observer.on_round_end(row)
-        log.info("%s", _line(row, rounds))
-        if state.round:
-            steps += row["steps"]
-            schedule.append(row["sampled"])
-        if state.round == rounds:
-            break
-        state, row = federation.train_round(state)
-    clients, unscored = federation.client_scores(state) if client_evaluation else ({}, [])
-    unions, overlap = measured_unions(workspace, schedule)
+) -> dict[str, Any]:
+    """Delta and summary of a run whose rounds are done. What only describes the run cannot lose it."""
+    workspace, ledger = federation.workspace, federation.ledger
     save_change(workspace, state, folder.path / "delta.safetensors")
-    summary = {
-        "test": federation.scores(state, "test"),
-        "final_dev": row["dev"],
+    test = federation.scores(state, "test")
+    clients, unscored = federation.client_scores(state) if client_evaluation else ({}, [])
+    folder.save_ledger(ledger)
+    schedule = [row["sampled"] for row in rows[1:]]
+    summary: dict[str, Any] = {
+        "test": test,
+        "final_dev": rows[-1]["dev"],
         "clients": clients,
         "unscored": unscored,
         "vector_sha256": vector_digest(state.shared, state.heads),
         "rounds": state.round,
         "bytes": _totals(ledger),
-        "steps": steps,
+        "steps": sum(row["steps"] for row in rows),
         "seconds": time.monotonic() - began,
-        "costs": costs(workspace, schedule, unions),
-        "overlap": overlap,
+        "costs": costs(workspace, schedule),
+        "overlap": {},
+        "notes": [],
     }
-    return summary, state
+    folder.write_summary(summary)  # complete; what follows needs much memory and only adds to it
+    try:
+        unions, overlap = measured_unions(workspace, schedule)
+        summary |= {"overlap": overlap, "costs": costs(workspace, schedule, unions)}
+    except Exception as error:
+        summary["notes"].append(
+            f"how far the clients' own masks overlap was not measured ({type(error).__name__}: {error})"
+        )
+    summary["seconds"] = time.monotonic() - began
+    folder.write_summary(summary)
+    forget_states(folder.path)
+    return summary
 
 
 def _line(row: dict[str, Any], rounds: int) -> str:
@@ -169,7 +197,8 @@ def _line(row: dict[str, Any], rounds: int) -> str:
         f"{task} {key} {value:.3f}" for task, found in row["dev"].items() for key, value in found.items()
     ]
     used = f"{len(row['replied'])} of {len(row['sampled'])} replies" if row["round"] else "before training"
-    return f"fedmask: round {row['round']} of {rounds}, {used}; {', '.join(scores) or 'no dev rows'}"
+    note = f"; {row['note']}" if row["note"] else ""
+    return f"fedmask: round {row['round']} of {rounds}, {used}; {', '.join(scores) or 'no dev rows'}{note}"
 
 
 def _totals(ledger: Ledger) -> dict[str, Any]:

@@ -14,7 +14,10 @@ class Observer(Protocol):
         """The run begins: where it writes, how many rounds, how many clients in all."""
 
     def on_round_start(self, round: int, clients: tuple[int, ...]) -> None:
-        """Round ``round`` (0: joining and the first evaluation) asks these clients."""
+        """Round ``round`` asks these clients.
+
+        Without any: they join, before round 1 (``round`` 0) or to go on after ``round``.
+        """
 
     def on_reply(self, client: int) -> None:
         """A client answered or failed (-1: a node whose partition is not known)."""

@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from fedmask.config import RunConfig
 from fedmask.errors import ConfigError
 from fedmask.ledger import Ledger
 
-Existing = Literal["refuse", "overwrite", "number"]
+Existing = Literal["refuse", "overwrite", "number", "resume"]
 PACKAGES = ("torch", "transformers", "flwr", "flwr-datasets", "datasets", "numpy", "numba", "ray")
 
 
@@ -29,38 +29,61 @@ class RunFolder:
     """``<runs_dir>/<name>``.
 
     ``existing`` says what an existing folder means: ``refuse`` (``ConfigError``), ``overwrite`` (an
-    older run there is removed; anything else is refused) or ``number`` (``name-2``, ``name-3``, ...:
-    for apps that nobody can ask). Nothing is touched before ``create``.
+    older run there is replaced; anything else is refused), ``number`` (``name-2``, ``name-3``, ...:
+    for apps that nobody can ask) or ``resume`` (it must be a run). Nothing is touched before ``create``.
     """
 
     def __init__(self, config: RunConfig, existing: Existing = "refuse") -> None:
         self.existing = existing
         self.path = Path(config.runs_dir).expanduser().absolute() / config.name
-        if not _taken(self.path):
-            return
         if existing == "number":
-            count = 2
-            while _taken(self.path.with_name(f"{config.name}-{count}")):
-                count += 1
-            self.path = self.path.with_name(f"{config.name}-{count}")
-        elif existing == "refuse":
+            self.path = _free(self.path)
+        elif existing == "resume":
+            if not is_run(self.path):
+                raise ConfigError(f"{self.path}: expected an unfinished run to resume, found none")
+        elif _taken(self.path):
+            self._refuse()
+
+    def _refuse(self) -> None:
+        if not is_run(self.path):
             raise ConfigError(
-                f"{self.path}: expected a new folder, found an older run; give another name, or --overwrite"
+                f"{self.path}: expected a new folder or an older run, found something else; remove it"
             )
-        elif not (self.path / "config.json").is_file():
+        if self.existing != "overwrite":
+            finished = (self.path / "summary.json").is_file()
+            how = "" if finished else "go on with it by --resume, "
             raise ConfigError(
-                f"{self.path}: expected an older run to overwrite, found something else; remove it"
+                f"{self.path}: expected a new folder, found an older run; {how}replace it by --overwrite, or"
+                " give another name"
             )
 
-    def create(self) -> None:
-        """Make the folder, empty."""
-        if self.existing == "overwrite" and self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+    def create(self, record: Mapping[str, Any]) -> None:
+        """Make the folder with ``config.json`` (``record``) in it: settings, versions, machine and facts.
 
-    def write_config(self, record: Mapping[str, Any]) -> None:
-        """``config.json``: settings, versions, machine and facts, before the first round."""
-        write_json(self.path / "config.json", record)
+        It appears with its first file in one step, so that whatever fails before leaves nothing behind,
+        and an older run is there until the new one is.
+        """
+        part, old = (self.path.with_name(f".{self.path.name}.{end}") for end in ("part", "old"))
+        for left in (part, old):  # of a process that was killed right here
+            shutil.rmtree(left, ignore_errors=True)
+        part.mkdir(parents=True)
+        try:
+            write_json(part / "config.json", record)
+            if self.existing == "number":
+                self.path = _free(self.path)
+            elif _taken(self.path):
+                self._refuse()  # it may have come meanwhile
+                os.replace(self.path, old)
+            if self.path.is_dir():
+                self.path.rmdir()  # empty
+            os.replace(part, self.path)
+        except BaseException:
+            shutil.rmtree(part)
+            raise
+        if old.is_symlink():
+            old.unlink()
+        elif old.exists():
+            shutil.rmtree(old)
 
     def append_round(self, row: Mapping[str, Any]) -> None:
         """One line of ``rounds.jsonl``."""
@@ -74,6 +97,32 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """``summary.json``, last and in one step: its presence means a complete run."""
         write_json(self.path / "summary.json", summary)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's: its ``config.json`` says so, as no other program's does."""
+    try:
+        return {"config", "facts", "versions"} <= read_json(path / "config.json").keys()
+    except (ConfigError, OSError):
+        return False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ``ConfigError`` for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected JSON, found an error ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """JSON objects, one a line, in one step."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text("".join(_dump(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(beside, path)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -117,6 +166,15 @@ def _taken(path: Path) -> bool:
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
+def _free(path: Path) -> Path:
+    """``path``, or the first of ``path-2``, ``path-3``, ... that is free."""
+    name, count, found = path.name, 1, path
+    while _taken(found):
+        count += 1
+        found = path.with_name(f"{name}-{count}")
+    return found
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -128,15 +186,15 @@ def _processor() -> str:
 
 
 def _dump(value: Mapping[str, Any], indent: int | None = None) -> str:
-    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
+    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """``value`` for strict JSON: NumPy numbers as numbers, what is not finite as null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

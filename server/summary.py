@@ -10,6 +10,7 @@ import numpy as np
 
 from fedmask.costs import RunFacts, compare, lora_values, query_value_shapes
 from fedmask.delta import write_delta
+from fedmask.space import backbone_parameters
 from fedmask.tuner import tuning_of
 from fedmask.workspace import Workspace
 from server.record import vector_digest
@@ -48,12 +49,12 @@ def costs(
     heads = {task: layout.size - layout.shared_size for task, layout in layouts.items()}
     shared = next(iter(layouts.values())).shared_size
     k = mask.k if mask else 0
+    backbone = backbone_parameters(workspace.backbone.model)
     recipe = workspace.recipe()
-    space = workspace.space
     found = compare(
         RunFacts(
             k=k,
-            eligible_size=space.eligible_size,
+            eligible_size=mask.space.eligible_size if mask else 0,
             backbone_size=workspace.backbone_size,
             client_heads=[heads[workspace.task_of(client)] for client in range(config.clients)],
             schedule=schedule,
@@ -61,7 +62,7 @@ def costs(
             value_bytes=2.0 if config.values == "fp16" else 4.0,
             recipe_bytes=len(recipe.to_json().encode()) if recipe else 0,
             unions=unions,
-            lora_values=lora_values(query_value_shapes(space.names, space.shapes)),
+            lora_values=lora_values(query_value_shapes(list(backbone), [p.shape for p in backbone.values()])),
         )
     )
     return {way: cost.to_dict() for way, cost in found.items()}

@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if "sampled" not in available_kernels():
         parser.exit(
-            2, "numba is not installed, so there is nothing to compare: pip install 'fedmask[fast]'\n"
+            2, "numba is not installed, so there is nothing to compare: pip install numba\n"
         )
     start = first_call()
     grid = (options.shapes, options.densities, options.tokens, options.threads, options.precisions)

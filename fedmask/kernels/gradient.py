@@ -34,7 +34,7 @@ def _native() -> tuple[ModuleType | None, str]:
     try:
         return import_module("fedmask.kernels.native"), ""
     except ImportError as error:  # not installed, or not made for this NumPy
-        return None, f"numba cannot be imported ({error}); pip install 'fedmask[fast]'"
+        return None, f"numba cannot be imported ({error}); pip install numba"
 
 
 def available_kernels() -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from numbers import Real
 
 import numpy as np
 
@@ -28,12 +29,15 @@ class Rule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.density <= 1.0:
-            raise ConfigError(f"density: expected a share in (0, 1], found {self.density}")
+        if not isinstance(self.density, Real) or isinstance(self.density, bool) or not 0 < self.density <= 1:
+            raise ConfigError(
+                f"density: expected a share in (0, 1], found {self.density!r}; the usual is 0.005"
+            )
+        object.__setattr__(self, "density", float(self.density))  # a NumPy number is no JSON
         if self.eligible not in ELIGIBLE:
             raise ConfigError(unknown("eligible set", str(self.eligible), ELIGIBLE))
         if self.seed < 0:
-            raise ConfigError(f"seed: expected a number at least 0, found {self.seed}")
+            raise ConfigError(f"seed: expected a number at least 0, found {self.seed}; give 0 or more")
 
 
 _KINDS = {"name": (str,), "density": (float, int), "eligible": (str,), "per_tensor": (bool,), "seed": (int,)}
@@ -88,7 +92,7 @@ class Recipe:
     mask: str
 
     def to_json(self) -> str:
-        """At most 256 bytes of JSON: digests in base64, settings at their default left out."""
+        """Fewer than 256 bytes of JSON: digests in base64, settings at their default left out."""
         default = asdict(Rule())
         rule = {k: v for k, v in asdict(self.rule).items() if v != default[k]}
         fields = {"v": 1, **rule, "checkpoint": _short(self.checkpoint), "mask": _short(self.mask)}

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedmask.errors import CheckpointError, ConfigError
+from fedmask.errors import CheckpointError, ConfigError, unknown
 from fedmask.masks.base import Mask
 from fedmask.space import backbone_of, backbone_parameters, is_conv1d, linear_layers
 from fedmask.stored import stored_reader
@@ -31,6 +31,15 @@ ACTIVATIONS: dict[str, Activation] = {
     "tanh": torch.tanh,
 }
 _DRAWS = 100
+
+
+def _checked(bottleneck: int, activation: str) -> tuple[int, Activation]:
+    """Hidden width and function of an adapter. ConfigError for less than one unit and an unknown name."""
+    if not isinstance(bottleneck, int) or isinstance(bottleneck, bool) or bottleneck < 1:
+        raise ConfigError(f"bottleneck: expected a whole number at least 1, found {bottleneck!r}; try 16")
+    if activation not in ACTIVATIONS:
+        raise ConfigError(unknown("activation", str(activation), ACTIVATIONS))
+    return bottleneck, ACTIVATIONS[activation]
 
 
 def feed_forward_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -86,6 +95,7 @@ class BiasAdapters(Trainable):
     """
 
     def __init__(self, model: nn.Module, *, bottleneck: int = 16, activation: str = "relu") -> None:
+        bottleneck, function = _checked(bottleneck, activation)
         names = feed_forward_biases(model)
         parameters = backbone_parameters(model)
         self._widths = [parameters[name].numel() for name in names]
@@ -94,8 +104,7 @@ class BiasAdapters(Trainable):
         super().__init__("bias", slots, size=sum(self._widths), local_size=sum(local))
         read = stored_reader(model, parameters)
         self.names = names
-        self.bottleneck = bottleneck
-        self.activation = ACTIVATIONS[activation]
+        self.bottleneck, self.activation = bottleneck, function
         self._reference = [read(name).detach().reshape(-1).float().clone() for name in names]
         self._start = [torch.zeros(w) for w in self._widths]
         self._order = {name: i for i, name in enumerate(names)}
@@ -137,6 +146,7 @@ class WeightAdapters(Trainable):
     """
 
     def __init__(self, model: nn.Module, *, bottleneck: int = 16, activation: str = "relu") -> None:
+        bottleneck, function = _checked(bottleneck, activation)
         layers = dict(feed_forward_layers(model))
         names = [f"{name}.weight" for name in layers]
         parameters = backbone_parameters(model)
@@ -146,8 +156,7 @@ class WeightAdapters(Trainable):
         size = sum(shape.numel() for shape in self._shapes)
         super().__init__("ffn-weight", slots_of(backbone_of(model), names), size=size, local_size=sum(local))
         self.names = names
-        self.bottleneck = bottleneck
-        self.activation = ACTIVATIONS[activation]
+        self.bottleneck, self.activation = bottleneck, function
         self._order = {name: i for i, name in enumerate(names)}
         self._tensors = [next(s for s in self.slots if s.name == name) for name in names]
         self._start: list[torch.Tensor] | None = None
@@ -210,6 +219,7 @@ class MaskedWeightAdapters(MaskedEntries):
         activation: str = "relu",
         kernel: str = "auto",
     ) -> None:
+        bottleneck, function = _checked(bottleneck, activation)
         super().__init__(model, mask, kernel=kernel)
         layers = {f"{name}.weight" for name, _ in feed_forward_layers(model)}
         self._adapted = [slot.name for slot in self._tensors if slot.name in layers]
@@ -217,8 +227,7 @@ class MaskedWeightAdapters(MaskedEntries):
             raise ConfigError(
                 "weight adapters: the mask holds no entry of a feed-forward matrix; raise the density"
             )
-        self.bottleneck = bottleneck
-        self.activation = ACTIVATIONS[activation]
+        self.bottleneck, self.activation = bottleneck, function
         factors = [self._patterns[name].shape[1] * bottleneck for name in self._adapted for _ in (0, 1)]
         self._factor_at = {name: len(self._indices) + 2 * i for i, name in enumerate(self._adapted)}
         self._chunks = Chunks([len(index) for index in self._indices] + factors)

@@ -28,8 +28,8 @@ WORDS = (
 )
 
 
-def make_model(folder: Path, seed: int = 0) -> Path:
-    """A BERT of 2 layers and 32 dimensions with a WordPiece vocabulary of a few words."""
+def make_model(folder: Path, seed: int = 0, layers: int = 2) -> Path:
+    """A BERT of ``layers`` layers and 32 dimensions with a WordPiece vocabulary of a few words."""
     import torch
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -39,7 +39,7 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=32,

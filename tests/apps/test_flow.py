@@ -20,7 +20,7 @@ from experiments.engines import default_workers, run_inprocess
 from experiments.inprocess import InProcessGrid
 from fedmask.config import RunConfig
 from fedmask.delta import read_delta
-from fedmask.errors import ConfigError
+from fedmask.errors import ConfigError, FedmaskError
 from fedmask.ledger import Ledger
 from fedmask.workspace import get_workspace
 from server.app import make_server_app
@@ -28,6 +28,7 @@ from server.joining import join
 from server.observer import Silent
 from server.rounds import Federation, RunState, most_claims
 from server.strategy import ServerStrategy
+from tests.apps.conftest import make_model
 from tests.apps.grids import read_rows, run_on
 
 MakeConfig = Callable[..., RunConfig]
@@ -229,6 +230,104 @@ def test_a_folder_that_is_no_run_is_never_removed(make_config: MakeConfig, tmp_p
     with pytest.raises(ConfigError, match="found something else"):
         run_inprocess(make_config(), existing="overwrite")
     assert thesis.read_text() == "precious"
+
+
+def test_a_model_s_folder_is_no_run(make_config: MakeConfig, tiny: Path, tmp_path: Path) -> None:
+    """It has a config.json, too."""
+    model = tmp_path / "runs" / "tiny"
+    shutil.copytree(tiny / "model", model)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    for existing in ("overwrite", "refuse", "resume"):
+        with pytest.raises(ConfigError, match=r"found something else|found none"):
+            run_inprocess(make_config(), existing=existing)  # type: ignore[arg-type]
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+class NobodyThere(InProcessGrid):
+    """A grid whose nodes never come."""
+
+    def get_node_ids(self) -> list[int]:
+        return []
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "rows that cannot be dealt": ({"clients": (300, 2)}, "rows"),
+    "a model without linear layers": ({"eligible": "linear"}, "no tensor"),
+    "nobody joins": ({}, "expected 5 nodes"),
+    "a score that cannot be computed": ({}, "no memory"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_refused_run_leaves_nothing_new_and_nothing_less(
+    case: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, said = REFUSALS[case]
+    if case.startswith("a model"):
+        changes = changes | {"model": str(make_model(tmp_path / "flat", layers=0))}
+    if case.startswith("a score"):
+        monkeypatch.setattr("server.app.central_scores", _no_memory)
+    runs = tmp_path / "runs"
+
+    def refused(existing: str) -> None:
+        with pytest.raises((FedmaskError, MemoryError), match=said):
+            run_on(NobodyThere(make_config(**changes)), existing=existing, node_timeout=0.1)
+
+    refused("refuse")
+    assert not runs.exists()
+    older = runs / "tiny"
+    older.mkdir(parents=True)
+    (older / "config.json").write_text(json.dumps({"config": {}, "facts": {}, "versions": {}}))
+    for existing in ("overwrite", "number"):
+        refused(existing)
+        assert [path.name for path in runs.rglob("*")] == ["tiny", "config.json"]
+
+
+def _no_memory(*_args: Any) -> Any:
+    raise MemoryError("no memory")
+
+
+def test_a_folder_that_came_meanwhile_is_kept(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(rounds=1)
+    thesis = tmp_path / "runs" / "tiny" / "thesis.tex"
+
+    class Meddler(Silent):
+        def on_reply(self, client: int) -> None:
+            thesis.parent.mkdir(parents=True, exist_ok=True)
+            thesis.write_text("precious")
+
+    for existing in ("refuse", "overwrite"):
+        with pytest.raises(ConfigError, match="found something else"):
+            run_inprocess(config, Meddler(), existing=existing)  # type: ignore[arg-type]
+        assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["tiny", "thesis.tex"]
+        thesis.unlink()
+        thesis.parent.rmdir()
+
+
+def test_a_failing_comparison_does_not_lose_the_run(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(rounds=1)
+    plain = run_inprocess(config.model_copy(update={"name": "plain"})).summary
+    monkeypatch.setattr("server.app.measured_unions", _no_memory)
+    result = run_inprocess(config)
+    (note,) = result.summary["notes"]
+    assert "MemoryError: no memory" in note
+    assert json.loads((result.folder / "summary.json").read_text()) == result.summary
+    assert (result.folder / "delta.safetensors").is_file()
+    for key in ("vector_sha256", "test", "clients", "bytes"):
+        assert result.summary[key] == plain[key]
+    assert result.summary["costs"].keys() == plain["costs"].keys()
+    assert result.summary["overlap"] == {} != plain["overlap"]
+
+
+@pytest.mark.parametrize("method", ["head", "full"])
+def test_methods_without_a_mask_need_no_linear_layers(
+    make_config: MakeConfig, tmp_path: Path, method: str
+) -> None:
+    model = make_model(tmp_path / "flat", layers=0)
+    summary = run_inprocess(make_config(model=str(model), method=method, rounds=1)).summary
+    assert (set(summary["costs"]), summary["notes"]) == ({"full"}, [])
 
 
 def test_bad_settings_leave_an_older_run_alone(make_config: MakeConfig, tmp_path: Path) -> None:

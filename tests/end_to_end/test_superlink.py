@@ -17,7 +17,7 @@ import pytest
 
 from experiments.engines import run_inprocess, run_superlink
 from fedmask.config import RunConfig, from_dict
-from fedmask.errors import FederationError
+from fedmask.errors import ConfigError, FederationError
 from tests.apps.conftest import make_model, make_task
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -136,6 +136,26 @@ def config(tmp_path: Path) -> RunConfig:
             "runs_dir": str(tmp_path / "runs"),
         }
     )
+
+
+def test_what_flwr_puts_in_a_box_becomes_one_plain_line(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    (tmp_path / "config.toml").write_text(
+        f'[superlink.gone]\naddress = "127.0.0.1:{_free_port()}"\ninsecure = true\n'
+    )
+    log: list[str] = []
+    with pytest.raises(
+        ConfigError, match=r"--connection: .*'nowhere' not found .*\[superlink\.NAME\]"
+    ) as mistake:
+        run_superlink(config, "nowhere", show=log.append)
+    with pytest.raises(
+        FederationError, match=r"the SuperLink took no run: \w.*unavailable.*\w\.$"
+    ) as failure:
+        run_superlink(config, "gone", show=log.append)
+    for said in (str(mistake.value), str(failure.value), *log):
+        assert not set("\n│╭╰─") & set(said)
 
 
 @pytest.mark.timeout(280)

@@ -114,7 +114,7 @@ def test_half_a_surrogate_pair_is_replaced(task_file: Write) -> None:
         ("text,label\na,1\nb,x\n", {"metric": "spearman"}, "a number in column 'label', found 'x' in row 2"),
         ("text,label\na,1\nb,inf\n", {"metric": "spearman"}, "found 'inf' in row 2"),
         ("text,label\na,1\nb,2\nc,3\n", {"metric": "f1"}, "f1 is for two labels .* found 3"),
-        ("text,label\na,4\nb,3.5\nc,3\n", {}, "numbers such as 3.5; metric spearman .*whole numbers or words"),
+        ("text,label\na,4\nb,3.5\nc,3\n", {}, "such as 3.5; metric spearman .*whole numbers or words"),
     ],
 )  # fmt: skip
 def test_bad_rows(task_file: Write, content: str, settings: dict[str, object], message: str) -> None:

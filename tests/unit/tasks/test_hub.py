@@ -110,7 +110,7 @@ def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(caught.value) and isinstance(caught.value.__cause__, ConnectionError)
 
 
-@pytest.mark.parametrize("source", ["a b", "x:y:z", "owner/"])
+@pytest.mark.parametrize("source", ["a b", "x:y:z", "owner/rows:"])
 def test_what_is_neither_file_nor_name(source: str) -> None:
     with pytest.raises(DataError, match=r"expected a file .* or a hub name as owner/name"):
         load_task(task(source=source))
