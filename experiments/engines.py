@@ -69,8 +69,11 @@ def run_ray(
     existing: Existing = "refuse",
     client_evaluation: bool = True,
     backend: Mapping[str, Any] | None = None,
+    make_app: MakeApp = make_client_app,
 ) -> RunResult:
     """Run a federation on Flower's simulation runtime.
+
+    Each of Ray's actors loads the backbone once, with its first message, and keeps it.
 
     ``backend``: Flower's backend config (``client_resources``, ``init_args``), passed on as it is; by default
     each client gets ``config.threads`` CPUs. With RAY_ADDRESS in the environment Ray joins that cluster,
@@ -94,7 +97,7 @@ def run_ray(
     with _ray_environment(), _quiet_log():
         run_simulation(
             server_app=server,
-            client_app=make_client_app(config),
+            client_app=make_app(config),
             num_supernodes=config.clients,
             backend_config=_backend(config, backend or {}),
         )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
+import pickle
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple
@@ -20,6 +24,8 @@ from flwr.clientapp import ClientApp
 
 from experiments.wire import Parcel, pack, unpack_message, unpack_state
 from fedmask.config import RunConfig, from_json
+from fedmask.errors import FedmaskError
+from fedmask.shared import SharedBackbone, load_shared
 from fedmask.workspace import get_workspace
 
 MakeApp = Callable[[RunConfig], ClientApp]
@@ -86,15 +92,26 @@ class _Worker:
 class Workers:
     """``count`` processes, each with one ClientApp and one workspace, started fresh (never forked).
 
-    A process that dies takes one job with it, which gets an error reply, and is replaced. Start methods
-    that fork would copy PyTorch's threads half-way; so the main module of a script must be importable
-    without side effects (``if __name__ == "__main__":``).
+    They share the memory of the backbone that this process has loaded; each has its own copy of the pages
+    that it writes to. A process that dies takes one job with it, which gets an error reply, and is replaced.
+    Start methods that fork would copy PyTorch's threads half-way; so the main module of a script must be
+    importable without side effects (``if __name__ == "__main__":``).
     """
 
     def __init__(self, count: int, config: RunConfig, make_app: MakeApp) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._arguments = (config.model_dump_json(), make_app)
-        self._workers = [self._start() for _ in range(count)]
+        self._workers: list[_Worker] = []
+        self._shared: SharedBackbone | None = None
+        try:
+            for _ in range(count):
+                self._workers.append(self._start())
+            self._shared = _share_backbone(config)  # while the processes import what they need
+            for worker in self._workers:
+                self._send_backbone(worker)
+        except BaseException:
+            self.close()
+            raise
 
     def free(self) -> int:
         """How many jobs could be taken now."""
@@ -125,7 +142,8 @@ class Workers:
         except (EOFError, OSError):
             worker.process.join(5.0)
             code = worker.process.exitcode
-            self._workers[self._workers.index(worker)] = self._start()
+            fresh = self._workers[self._workers.index(worker)] = self._start()
+            self._send_backbone(fresh)
             _stop(worker)
             return failure(job, f"the worker process died (exit code {code})")
 
@@ -138,8 +156,18 @@ class Workers:
         theirs.close()  # so that its death ends the pipe
         return _Worker(process, ours)
 
+    def _send_backbone(self, worker: _Worker) -> None:
+        # As with jobs: that a worker has died shows when its answer is waited for.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            worker.pipe.send(self._shared is not None)
+            if self._shared is not None:
+                reduction.send_handle(worker.pipe, self._shared.descriptor, worker.process.pid)
+
     def close(self) -> None:
         """End all processes, whatever they are doing."""
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
         for worker in self._workers:
             worker.process.terminate()
         for worker in self._workers:
@@ -157,14 +185,44 @@ def _stop(worker: _Worker) -> None:
     worker.process.close()
 
 
+def _share_backbone(config: RunConfig) -> SharedBackbone | None:
+    """The backbone for all processes, this one included; None where each must load its own."""
+    if not hasattr(reduction, "send_handle") or not hasattr(socket, "AF_UNIX"):
+        return None
+    if config.precision == "bf16":  # rounded tensors alone would lose the stored values behind them
+        return None
+    try:
+        workspace = get_workspace(config)
+        shared = SharedBackbone(workspace.backbone)
+    # Settings that are wrong are reported by the server; models of unusual make cannot be pickled.
+    except (FedmaskError, pickle.PicklingError, AttributeError, TypeError):
+        return None
+    workspace.use_backbone(load_shared(shared.descriptor))
+    return shared
+
+
+def _receive_backbone(pipe: Connection, config: RunConfig) -> None:
+    """Take over what the driver shares; without it the workspace loads the backbone itself."""
+    import transformers  # noqa: F401  (slow; meanwhile the driver loads the backbone)
+
+    if not pipe.recv():
+        return
+    descriptor = reduction.recv_handle(pipe)
+    try:
+        get_workspace(config).use_backbone(load_shared(descriptor))
+    finally:
+        os.close(descriptor)
+
+
 def _serve(pipe: Connection, config_json: str, make_app: MakeApp) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's; it ends the workers itself
     # Progress bars of other libraries share a lock between processes, which one that is ended would leak.
     tqdm.set_lock(threading.RLock())
     config = from_json(config_json)
     app = make_app(config)
-    # The model loads while the driver still prepares; what is wrong with it is said by the first answer.
+    # The mask is derived while the driver still prepares; what is wrong is said by the first answer.
     with contextlib.suppress(Exception):
+        _receive_backbone(pipe, config)
         _ = get_workspace(config).digest
     for job in _jobs(pipe):
         done = answer(app, job)

@@ -19,7 +19,7 @@ _COUNTS = ("round", "client", "payload_bytes", "message_bytes")
 _CHOICES = {"direction": get_args(Direction), "kind": get_args(Kind), "status": get_args(Status)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LedgerRow:
     """One message. ``round`` and ``client`` are -1 where there is none.
 

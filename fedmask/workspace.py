@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from fedmask.masks import Mask, Recipe, Rule, derive_mask, gradient_mask, mask_f
 from fedmask.methods import METHODS, backbone_trainables
 from fedmask.models import Backbone, MeanHead, OwnHead, head_parameters, load_backbone, task_model
 from fedmask.precision import PRECISIONS, Precision, cast
+from fedmask.recent import Recent
 from fedmask.rng import rng_for
 from fedmask.space import ParameterSpace, backbone_parameters, checkpoint_digest, parameter_space
 from fedmask.tasks import (
@@ -30,11 +32,18 @@ from fedmask.tasks import (
     load_task,
     shards,
     split_held_out,
-    tokenize,
+    tokenize_rows,
 )
 from fedmask.trainables import DenseTensors
 from fedmask.training import LocalUpdate, Stream, batch_loss, evaluate, local_update, tuned
 from fedmask.tuner import attach, detach, tuning_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+# Tokenized shards that a process keeps at hand: millions of tokens, more than most runs have.
+SHARD_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,11 @@ class Shard:
     task: str
     train: Tokenized
     held_out: Tokenized
+
+    @property
+    def bytes(self) -> int:
+        """Memory of both parts' arrays, and a little for the objects around them."""
+        return self.train.bytes + self.held_out.bytes + 2000
 
 
 class Workspace:
@@ -56,7 +70,7 @@ class Workspace:
         self._data: dict[str, TaskData] = {}
         self._labels: dict[str, np.ndarray] = {}
         self._rows: dict[str, list[np.ndarray]] = {}
-        self._shards: dict[int, Shard] = {}
+        self._shards: Recent[int, Shard] = Recent(SHARD_BYTES, lambda shard: shard.bytes)
         self._central: dict[tuple[str, str, int | None], Tokenized] = {}
         self._models: dict[str, MeanHead | OwnHead] = {}
         self._given: Mask | None = None
@@ -113,6 +127,12 @@ class Workspace:
         for model in self._models.values():
             detach(model)
         self._models.clear()
+
+    def use_backbone(self, backbone: Backbone) -> None:
+        """Use an equal backbone (float32) from elsewhere in memory, unless models stand on the first."""
+        if not self._models:
+            cast(backbone.model, self._precision or "fp32")
+            self.backbone = backbone
 
     @cached_property
     def backbone_size(self) -> int:
@@ -229,16 +249,17 @@ class Workspace:
     def labels(self, task: str) -> np.ndarray:
         """Labels of the task's train split: int64 class numbers or float64 values."""
         if task not in self._labels:
-            self._labels[task] = np.asarray(self.data(task).train.with_format("numpy")["label"])
+            self._labels[task] = np.asarray(self.data(task).train.with_format("numpy")["label"][:])
         return self._labels[task]
 
     def shard(self, partition: int) -> Shard:
-        """The client's tokenized rows."""
-        if partition not in self._shards:
-            task = self.task_of(partition)
-            parts = [self._tokenize(self.data(task).train, rows) for rows in self.split(partition)]
-            self._shards[partition] = Shard(task, *parts)
-        return self._shards[partition]
+        """The client's tokenized rows, kept while there is room: a client at rest costs its row numbers."""
+        return self._shards.get(partition, lambda: self._read_shard(partition))
+
+    def _read_shard(self, partition: int) -> Shard:
+        task = self.task_of(partition)
+        train, held_out = (self._tokenize(self.data(task).train, rows) for rows in self.split(partition))
+        return Shard(task, train, held_out)
 
     def central(self, task: str, split: str, rows: int | None = None) -> Tokenized:
         """``rows`` rows of the task's dev or test split, the same choice each time; all of them for None."""
@@ -252,9 +273,8 @@ class Workspace:
             self._central[key] = self._tokenize(data, chosen)
         return self._central[key]
 
-    def _tokenize(self, data: object, rows: np.ndarray) -> Tokenized:
-        chosen = data.select(rows)  # type: ignore[attr-defined]
-        return tokenize(chosen, self.backbone.tokenizer, self.config.train.max_tokens)
+    def _tokenize(self, data: Dataset, rows: np.ndarray) -> Tokenized:
+        return tokenize_rows(data, rows, self.backbone.tokenizer, self.config.train.max_tokens)
 
     # The work ----------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from server.overlap import measured_unions
 from server.record import Existing, RunFolder, vector_digest
 from server.resume import forget_states, interrupted, save_state
 from server.rounds import Federation, Row, RunState, most_claims
-from server.strategy import ServerStrategy
+from server.streaming import make_strategy
 from server.summary import costs, save_change
 
 __all__ = ["RunResult", "app", "make_server_app", "run_server"]
@@ -103,7 +103,7 @@ def run_server(
     began = time.monotonic()
     folder = RunFolder(config, existing)
     point = interrupted(folder.path, config) if existing == "resume" else None
-    strategy = ServerStrategy(config.server.strategy, config.server.options, config.server.task_weighting)
+    strategy = make_strategy(config.server)
     workspace = get_workspace(config)
     measured = point.settle_precision(workspace) if point else settle_precision(workspace)
     state = point.state if point else RunState.start(workspace)
@@ -122,6 +122,7 @@ def run_server(
         ledger = point.go_on(folder.path, record, ledger)
     else:
         folder.create(record)
+    record = {}  # thousands of clients' label counts, which are in the file
     try:
         federation = Federation(workspace, grid, roster, strategy, ledger, observer, most_claims(workspace))
         rows = point.rows if point else []

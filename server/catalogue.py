@@ -69,26 +69,33 @@ REFUSED: dict[str, str] = {
 }
 
 
+MEAN = "mean"
+"""Our own streaming mean (``server.streaming``), which holds no replies."""
+
+
 def resolve(name: str) -> str:
-    """The key of a strategy; case, '-' and '_' do not matter. ConfigError for refused and unknown ones."""
+    """The key of a strategy, or ``MEAN``; case, '-' and '_' do not matter.
+
+    ConfigError for refused and unknown ones.
+    """
     plain = name.lower().replace("-", "").replace("_", "")
     if plain in REFUSED:
         raise ConfigError(f"server.strategy {name!r} cannot be used: {REFUSED[plain]}")
-    if plain not in STRATEGIES:
-        raise ConfigError(unknown("server.strategy", name, STRATEGIES))
+    if plain not in (*STRATEGIES, MEAN):
+        raise ConfigError(unknown("server.strategy", name, (*STRATEGIES, MEAN)))
     return plain
 
 
 def checked_options(name: str, options: Mapping[str, float]) -> dict[str, float]:
     """``options`` of the strategy ``name`` (a key), typed. ConfigError for unknown or impossible ones."""
-    known = STRATEGIES[name]
+    offered: Mapping[str, Limits] = STRATEGIES[name].options if name in STRATEGIES else {}
     out: dict[str, float] = {}
     for key, value in options.items():
-        if key not in known.options:
-            if not known.options:
+        if key not in offered:
+            if not offered:
                 raise ConfigError(f"server.options: {name!r} takes no options, found {key!r}")
-            raise ConfigError(unknown(f"option of {name!r}", key, known.options))
-        kind, low, high, closed = known.options[key]
+            raise ConfigError(unknown(f"option of {name!r}", key, offered))
+        kind, low, high, closed = offered[key]
         whole = float(value).is_integer()
         inside = low < value < high or (closed == "low" and value == low)
         if not inside or (kind is int and not whole):

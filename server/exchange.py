@@ -104,7 +104,7 @@ def _collect(
     pause = _SHORTEST_PAUSE
     while waiting and time.monotonic() < deadline:
         looked = time.monotonic()
-        replies = list(grid.pull_messages(list(waiting)))
+        replies = list(grid.pull_messages(waiting.keys()))
         for reply in replies:
             name = reply.metadata.reply_to_message_id
             payload = content_payload_bytes(reply.content) if reply.has_content() else 0

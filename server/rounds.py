@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,10 @@ from server.exchange import Answer, Request, enter, exchange
 from server.joining import Roster
 from server.observer import Observer
 from server.replies import Most, read_scores, read_training
-from server.strategy import Contribution, ServerStrategy
+from server.strategy import Contribution, Strategy
 
 Row = dict[str, Any]
+_ADDED = np.empty(0, np.float32)
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Federation:
         workspace: Workspace,
         grid: Grid,
         roster: Roster,
-        strategy: ServerStrategy,
+        strategy: Strategy,
         ledger: Ledger,
         observer: Observer,
         most: Mapping[int, Most],
@@ -112,10 +113,14 @@ class Federation:
         began, round = time.monotonic(), state.round + 1
         clients = self.sample(round)
         self.observer.on_round_start(round, clients)
+        most_rows = sum(self.most[client].rows for client in clients)
+        tally = self.strategy.start(round, state.shared, state.heads, most_rows)
         good: list[Contribution] = []
 
         def arrived(answer: Answer) -> None:
-            good.extend(self._judge(answer, round))
+            for reply in self._judge(answer, round):
+                tally.add(reply)
+                good.append(replace(reply, change=_ADDED))  # whether the change is kept is the tally's affair
             self.observer.on_reply(answer.client)
 
         answers = self._exchange(state, round, clients, TRAIN, arrived)
@@ -127,7 +132,7 @@ class Federation:
                 f"round {round}: expected at least {self.config.server.min_replies} usable replies"
                 f" (server.min_replies), found {len(good)} of {len(clients)} ({reasons})"
             )
-        combined = self.strategy.combine(round, state.shared, state.heads, good)
+        combined = tally.result()
         after = RunState(round, combined.shared, combined.heads)
         row.update(self._measured(good))
         row["replied"] = sorted(reply.client for reply in good)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -53,11 +53,45 @@ class Combined:
     note: str = ""
 
 
+class Tally(Protocol):
+    """One round under way: replies come in as they arrive, the result at the end."""
+
+    def add(self, reply: Contribution) -> None:
+        """Take one accepted reply."""
+
+    def result(self) -> Combined:
+        """The vectors after the round. Raises ``FederationError`` when there can be none."""
+
+
+class Strategy(Protocol):
+    """What the rounds need of a strategy."""
+
+    name: str
+
+    def check(self, clients: int, shared: int) -> None:
+        """Refuse before round 1 what could never work. Raises ``ConfigError``."""
+
+    def start(
+        self, round: int, shared: np.ndarray, heads: Mapping[str, np.ndarray], most_examples: int
+    ) -> Tally:
+        """Begin round ``round`` from the vectors that the clients receive.
+
+        ``most_examples``: rows that all replies together may claim.
+        """
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What is carried from round to round, by name."""
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """The inverse of ``state``."""
+
+
 class ServerStrategy:
     """A Flower strategy by name, given what it needs and nothing else.
 
     ``name``: a key of ``STRATEGIES`` (case, '-' and '_' do not matter); ``options``: its own settings.
     ``task_weighting``: ``equal`` gives each task the same total weight, ``examples`` the sum of its rows.
+    Flower's strategies take a list, so all of a round's replies are held until the last one is there.
     Raises ``ConfigError`` for an unknown or refused name and for unknown or impossible options.
     """
 
@@ -65,6 +99,8 @@ class ServerStrategy:
         self, name: str, options: Mapping[str, float] | None = None, task_weighting: str = "equal"
     ) -> None:
         self.name = resolve(name)
+        if self.name not in STRATEGIES:
+            raise ConfigError(f"{name!r} is none of Flower's strategies; it is made by make_strategy")
         self.known = STRATEGIES[self.name]
         self.options = checked_options(self.name, options or {})
         self.task_weighting = task_weighting
@@ -102,6 +138,12 @@ class ServerStrategy:
                 f"server.strategy {self.name!r} with {self.options or 'its defaults'} needs at least"
                 f" {self.required} replies a round, found {clients} clients a round"
             )
+
+    def start(
+        self, round: int, shared: np.ndarray, heads: Mapping[str, np.ndarray], most_examples: int
+    ) -> Tally:
+        """See ``Strategy``."""
+        return _Held(self, round, shared, heads)
 
     def combine(
         self,
@@ -196,6 +238,23 @@ class ServerStrategy:
         # FedAvgM keeps its own copy of the vector; without one it takes the next round's.
         if hasattr(self.inner, "current_arrays"):
             self.inner.current_arrays = None
+
+
+@dataclass
+class _Held:
+    """A round whose replies are all kept."""
+
+    strategy: ServerStrategy
+    round: int
+    shared: np.ndarray
+    heads: Mapping[str, np.ndarray]
+    replies: list[Contribution] = field(default_factory=list)
+
+    def add(self, reply: Contribution) -> None:
+        self.replies.append(reply)
+
+    def result(self) -> Combined:
+        return self.strategy.combine(self.round, self.shared, self.heads, self.replies)
 
 
 def _weights(replies: Sequence[Contribution], task_weighting: str) -> list[float]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("step", "precision", "memory", "latency", "masking", "kernels", "codecs")
+NAMES = ("step", "precision", "memory", "latency", "overhead", "scale", "masking", "kernels", "codecs")
 
 
 def main(arguments: list[str] | None = None) -> int:

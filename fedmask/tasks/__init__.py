@@ -7,7 +7,7 @@ from fedmask.tasks.data import TaskData, load_task
 from fedmask.tasks.metrics import METRICS, score
 from fedmask.tasks.shards import assignments, shards, split_held_out
 from fedmask.tasks.splits import split_of
-from fedmask.tasks.tokenized import Tokenized, tokenize
+from fedmask.tasks.tokenized import Tokenized, tokenize, tokenize_rows
 
 __all__ = [
     "METRICS",
@@ -22,4 +22,5 @@ __all__ = [
     "split_held_out",
     "split_of",
     "tokenize",
+    "tokenize_rows",
 ]

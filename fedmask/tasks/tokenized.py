@@ -40,6 +40,12 @@ class Tokenized:
         """Tokens of each row, special tokens included; int64 [n]."""
         return np.diff(self.offsets)
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the arrays."""
+        types = 0 if self.token_types is None else self.token_types.nbytes
+        return self.tokens.nbytes + self.offsets.nbytes + types + self.labels.nbytes
+
     def select(self, rows: npt.NDArray[np.integer[Any]]) -> Tokenized:
         """The given rows (int [m], any order, repeats allowed) as copies."""
         where, lengths = self.positions(rows)
@@ -62,11 +68,19 @@ def tokenize(rows: Dataset, tokenizer: Any, max_tokens: int) -> Tokenized:
     The limit counts special tokens; of a pair the longer text is cut first. To tokenize a part,
     select it first: ``tokenize(data.dev.select(chosen), ...)``.
     """
-    paired = TEXT_PAIR in rows.column_names
-    texts = rows.select_columns([TEXT, TEXT_PAIR] if paired else [TEXT])
-    tokens, types, lengths = [], [], []
-    for start in range(0, len(texts), _CHUNK):
-        chunk = texts[start : start + _CHUNK]
+    return tokenize_rows(rows, np.arange(len(rows)), tokenizer, max_tokens)
+
+
+def tokenize_rows(data: Dataset, rows: npt.NDArray[np.int64], tokenizer: Any, max_tokens: int) -> Tokenized:
+    """The given rows (int64 [m]) of a split; the same as ``tokenize(data.select(rows), ...)``.
+
+    Without the data set in between, whose making costs more than tokenizing a client's few rows.
+    """
+    paired = TEXT_PAIR in data.column_names
+    columns = [TEXT, TEXT_PAIR, LABEL] if paired else [TEXT, LABEL]
+    tokens, types, lengths, labels = [], [], [], []
+    for start in range(0, len(rows), _CHUNK):
+        chunk = _take(data, columns, rows[start : start + _CHUNK])
         encoded = tokenizer(
             chunk[TEXT],
             chunk[TEXT_PAIR] if paired else None,
@@ -79,14 +93,19 @@ def tokenize(rows: Dataset, tokenizer: Any, max_tokens: int) -> Tokenized:
         lengths.append(np.fromiter(map(len, encoded["input_ids"]), np.int64))
         if "token_type_ids" in encoded:
             types.append(_flat(encoded["token_type_ids"], np.uint8))
-    dtype = np.float32 if rows.features[LABEL].dtype.startswith("float") else np.int64
-    labels: npt.NDArray[Any] = np.asarray(rows[LABEL][:], dtype=dtype)
+        labels.append(np.asarray(chunk[LABEL]))
+    dtype = np.float32 if data.features[LABEL].dtype.startswith("float") else np.int64
+    found: npt.NDArray[Any] = np.concatenate(labels).astype(dtype) if labels else np.empty(0, dtype)
     return Tokenized(
         np.concatenate(tokens) if tokens else np.empty(0, np.int32),
         _offsets(np.concatenate(lengths) if lengths else np.empty(0, np.int64)),
         np.concatenate(types) if types else None,
-        labels,
+        found,
     )
+
+
+def _take(data: Dataset, columns: list[str], rows: npt.NDArray[np.int64]) -> dict[str, Any]:
+    return {name: values for name, values in data[rows].items() if name in columns}
 
 
 def _flat(lists: Iterable[Iterable[int]], dtype: Any) -> npt.NDArray[Any]:
