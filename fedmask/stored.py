@@ -61,7 +61,7 @@ def lost_bits(read: TensorReader, name: str, tensor: torch.Tensor) -> torch.Tens
 
 
 def unrounded(tensor: torch.Tensor, lost: torch.Tensor | None) -> torch.Tensor:
-    """``tensor`` with its lost bits: a small change must not be added to a rounded value."""
+    """``tensor`` (any shape) with its lost bits: a small change must not be added to a rounded value."""
     return tensor if lost is None else tensor + lost
 
 

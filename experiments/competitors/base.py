@@ -10,7 +10,7 @@ from torch import nn
 
 
 def _nothing() -> None:
-    return None
+    """Between backward pass and step: nothing to do."""
 
 
 @dataclass
