@@ -74,7 +74,7 @@ class Strategy(Protocol):
     def start(
         self, round: int, shared: np.ndarray, heads: Mapping[str, np.ndarray], most_examples: int
     ) -> Tally:
-        """Begin round ``round`` from the vectors that the clients receive.
+        """Begin round ``round`` from the vectors (float32 ``[n]``) that the clients receive.
 
         ``most_examples``: rows that all replies together may claim.
         """
@@ -142,7 +142,7 @@ class ServerStrategy:
     def start(
         self, round: int, shared: np.ndarray, heads: Mapping[str, np.ndarray], most_examples: int
     ) -> Tally:
-        """See ``Strategy``."""
+        """See ``Strategy``: float32 ``[n]`` vectors."""
         return _Held(self, round, shared, heads)
 
     def combine(

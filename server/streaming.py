@@ -35,7 +35,7 @@ class StreamingMean:
     def start(
         self, round: int, shared: np.ndarray, heads: Mapping[str, np.ndarray], most_examples: int
     ) -> Tally:
-        """See ``Strategy``."""
+        """See ``Strategy``: float32 ``[n]`` vectors."""
         sizes = {task: shared.size + head.size for task, head in heads.items()}
         return _Running(shared, heads, start_sums(sizes, most_examples), self.task_weighting)
 

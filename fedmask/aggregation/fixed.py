@@ -76,7 +76,7 @@ def add(state: FixedSum, values: NDArray[np.float32], weight: int) -> FixedSum:
 
 
 def check(state: FixedSum, values: NDArray[np.float32], weight: int) -> None:
-    """Refuse what the sum has no room for."""
+    """Refuse ``values`` (float32 ``[n]``) that the sum has no room for."""
     if weight < 1 or state.weight + weight > state.most_weight:
         raise FedmaskError(
             f"fixed-point sum: expected a weight from 1 to {state.most_weight - state.weight}, found {weight}"
