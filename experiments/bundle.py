@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import tomllib
@@ -12,6 +13,7 @@ from pathlib import Path
 from fedmask.errors import ConfigError
 
 PACKAGES = ("fedmask", "clients", "server", "experiments")
+VALID_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,31}")
 _HERE = Path(__file__).resolve().parent
 
 
@@ -23,14 +25,14 @@ def app_folder() -> Iterator[Path]:
     wheel carries both files as ``experiments/_app``. Raises ``ConfigError`` when they are missing.
     """
     root = _HERE.parent
-    if _is_app(root / "pyproject.toml"):
-        yield root
-        return
-    carried = _HERE / "_app"
+    carried = root if _is_app(root / "pyproject.toml") else _HERE / "_app"
     if not _is_app(carried / "pyproject.toml"):
         raise ConfigError(f"{carried}: expected the pyproject.toml of the Flower app; install fedmask again")
-    with tempfile.TemporaryDirectory(prefix="fedmask-app-") as name:
-        folder = Path(name)
+    if carried == root and VALID_NAME.fullmatch(root.name):
+        yield root
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "fedmask"  # Flower takes letters, digits and hyphens only, and not many
         for package in PACKAGES:
             shutil.copytree(
                 root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "_app")

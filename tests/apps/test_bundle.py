@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from experiments import bundle
-from experiments.bundle import PACKAGES, app_folder
+from experiments.bundle import PACKAGES, VALID_NAME, app_folder
 from experiments.superlink import run_config_toml
 from fedmask.config import from_dict, from_json
 from fedmask.errors import ConfigError
@@ -37,7 +37,8 @@ def build(folder: Path, into: Path) -> zipfile.ZipFile:
 
 def test_the_bundle_holds_what_the_apps_need(tmp_path: Path) -> None:
     with app_folder() as folder:
-        assert folder == ROOT
+        # A checkout in a folder whose name Flower refuses is bundled from a copy.
+        assert folder == ROOT or (folder.name == "fedmask" and not VALID_NAME.fullmatch(ROOT.name))
         with build(folder, tmp_path / "fab") as fab:
             names = set(fab.namelist())
             settings = tomllib.loads(fab.read("pyproject.toml").decode())
@@ -70,6 +71,8 @@ def test_the_components_are_there() -> None:
 
 def test_an_installed_copy_builds_the_same_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a wheel lays it out: no pyproject beside the packages, but one inside ``experiments/_app``."""
+    with app_folder() as checkout, build(checkout, tmp_path / "other") as other:
+        names, text = set(other.namelist()), other.read("fedmask/flower.py")
     installed = tmp_path / "site-packages"
     for package in PACKAGES:
         shutil.copytree(ROOT / package, installed / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -80,9 +83,9 @@ def test_an_installed_copy_builds_the_same_bundle(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(bundle, "_HERE", installed / "experiments")
     with app_folder() as folder:
         assert folder not in (ROOT, installed)
-        with build(folder, tmp_path / "fab") as fab, build(ROOT, tmp_path / "other") as other:
-            assert set(fab.namelist()) == set(other.namelist())
-            assert fab.read("fedmask/flower.py") == other.read("fedmask/flower.py")
+        with build(folder, tmp_path / "fab") as fab:
+            assert set(fab.namelist()) == names
+            assert fab.read("fedmask/flower.py") == text
     assert not folder.exists()
     shutil.rmtree(carried)
     with pytest.raises(ConfigError, match="install fedmask again"), app_folder():
