@@ -19,8 +19,8 @@ from fedmask.ledger import Ledger
 from fedmask.tasks import tokenize
 from fedmask.workspace import Workspace, get_workspace
 from server.joining import join
-from tests.apps.conftest import make_task
 from tests.apps.grids import read_rows, run_on
+from tests.support import save_task
 
 MakeConfig = Callable[..., RunConfig]
 App = Callable[[Message, Context], Message]
@@ -90,7 +90,7 @@ def test_rows_are_tokenized_as_their_own_data_set_would_be(make_config: MakeConf
     config = make_config(clients=(3,))
     if regression:
         path = Path(config.tasks[0].source).parent / "numbers.tsv"
-        make_task(path, 1, ("0.25", "0.5"))
+        save_task(path, ("0.25", "0.5"), seed=1)
         task = config.tasks[0].model_copy(update={"source": str(path), **changes})
         config = config.model_copy(update={"tasks": (task,)})
     workspace = Workspace(config)
