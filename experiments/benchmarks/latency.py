@@ -39,8 +39,10 @@ def models_of(shape: str) -> dict[str, Any]:
     with torch.no_grad():
         for trainable in tuning_of(tuned).trainables:
             trainable.values.add_(torch.randn_like(trainable.values), alpha=1e-3)
-    wrapped = lora(with_own_modules(original, share=True), mask).model
-    return {"original": original, "merged": merge(tuned).eval(), "lora unmerged": wrapped.eval()}
+    wrapped = lora(with_own_modules(original, share=False), mask).model
+    # On memory of its own, copied like the others': neither cache nor pages must favour one.
+    plain = with_own_modules(original, share=False)
+    return {"original": plain.eval(), "merged": merge(tuned).eval(), "lora unmerged": wrapped.eval()}
 
 
 def measure(shape: str, repeats: int) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -121,6 +122,7 @@ def config(tmp_path: Path) -> RunConfig:
             "model": str(tmp_path / "model"),
             "density": 0.02,
             "rounds": 1,
+            "precision": "auto",  # each message is a new process there, and must know the choice
             "workers": 1,
             "tasks": [
                 {
@@ -167,7 +169,9 @@ def test_a_superlink_gives_the_same_bits_and_tells_the_truth(superlink: Path, co
     assert remote.host == socket.gethostname()
     assert (remote.folder / "report.md").is_file()
     assert any("round 1 of 1, 2 of 2 replies" in line for line in log)
-    here = run_inprocess(config.model_copy(update={"name": "here"}))
+    record = json.loads((remote.folder / "config.json").read_text())
+    assert record["precision"]["asked"] == "auto"
+    here = run_inprocess(from_dict(record["config"] | {"name": "here"}))
     assert remote.summary is not None
     assert remote.summary["vector_sha256"] == here.summary["vector_sha256"]
     for way in ("up", "down"):
