@@ -103,8 +103,8 @@ def filled(text: str, results: Path) -> str:
     def block(match: re.Match[str]) -> str:
         found = json.loads((results / f"{match[2]}.json").read_text(encoding="utf-8"))
         where = found["machine"]
-        note = f"{where['cores']} cores, {where['threads']} threads, load before the end {where['load']}"
-        note = f"\nMeasured with {note}.\n" if "load" in where else ""
+        busy = f", load before the end {where['load']}" if "load" in where else ""
+        note = f"\nMeasured on {where['cores']} cores, threads: {where['threads']}{busy}.\n"
         return f"{match[1]}{TABLES[match[2]](found)}{note}{match[3]}"
 
     return _BLOCK.sub(block, text)

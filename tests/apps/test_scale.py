@@ -101,7 +101,10 @@ def test_rows_are_tokenized_as_their_own_data_set_would_be(make_config: MakeConf
             wanted = tokenize(data, workspace.backbone.tokenizer, config.train.max_tokens)
             for name in ("tokens", "offsets", "token_types", "labels"):
                 one, other = getattr(part, name), getattr(wanted, name)
-                assert one.dtype == other.dtype and one.tobytes() == other.tobytes()
+                if one is None:  # a tokenizer that tells no pair apart gives no token types
+                    assert other is None
+                else:
+                    assert one.dtype == other.dtype and one.tobytes() == other.tobytes()
 
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "quantity", "shard", "pathological"])
