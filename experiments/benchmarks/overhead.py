@@ -55,7 +55,7 @@ def settings(folder: str, rounds: int) -> Any:
 
 
 def bare_round(workspace: Any, vector: np.ndarray, number: int) -> np.ndarray:
-    """All clients' steps without a federation; the vector after the round: float32 ``[layout.size]``, as ``vector``."""
+    """All clients' steps without a federation; the vector (float32 ``[layout.size]``) after the round."""
     from fedmask.rng import rng_for
     from fedmask.tasks import batches, collate
     from fedmask.training import Stream, tuned
