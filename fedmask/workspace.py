@@ -24,6 +24,7 @@ from fedmask.precision import PRECISIONS, Precision, cast
 from fedmask.recent import Recent
 from fedmask.rng import rng_for
 from fedmask.space import ParameterSpace, backbone_parameters, checkpoint_digest, parameter_space
+from fedmask.stored import is_half
 from fedmask.tasks import (
     TaskData,
     Tokenized,
@@ -129,8 +130,11 @@ class Workspace:
         self._models.clear()
 
     def use_backbone(self, backbone: Backbone) -> None:
-        """Use an equal backbone (float32) from elsewhere in memory, unless models stand on the first."""
-        if not self._models:
+        """Use an equal backbone from elsewhere in memory, unless models stand on the first.
+
+        One that an earlier run has rounded is left alone: the stored values behind it did not come along.
+        """
+        if not self._models and not any(is_half(p) for p in backbone.model.parameters()):
             cast(backbone.model, self._precision or "fp32")
             self.backbone = backbone
 

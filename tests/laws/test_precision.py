@@ -214,6 +214,16 @@ def test_the_precision_can_be_changed_back_and_forth(places: Path) -> None:
         assert parameter.dtype == torch.bfloat16
 
 
+def test_a_rounded_backbone_from_elsewhere_is_not_used(places: Path) -> None:
+    half, auto = Workspace(config(places)), Workspace(config(places, precision="auto"))
+    auto.use_backbone(half.backbone)
+    assert auto.backbone is not half.backbone
+    assert {p.dtype for p in auto.backbone.model.parameters()} == {torch.float32}
+    full = Workspace(config(places, precision="fp32"))
+    auto.use_backbone(full.backbone)
+    assert auto.backbone is full.backbone
+
+
 def test_a_stated_precision_is_not_measured(places: Path) -> None:
     workspace = Workspace(config(places))
     assert settle_precision(workspace) == {}
