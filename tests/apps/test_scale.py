@@ -26,6 +26,8 @@ MakeConfig = Callable[..., RunConfig]
 App = Callable[[Message, Context], Message]
 K = 5_000
 
+SLACK = 200
+
 
 def keeper(_config: RunConfig) -> App:
     """Keeps a vector of K values of its own when it is told to, else nothing."""
@@ -65,9 +67,10 @@ def test_memory_of_clients_at_rest(make_config: MakeConfig, stateful: bool) -> N
             used.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
-    assert abs(used[1] - used[0]) / count < 20  # bytes: nothing is kept of what was said
+    # Bytes a client that libraries' own caches and other threads may take meanwhile: far below a vector.
+    assert abs(used[1] - used[0]) / count < SLACK  # nothing is kept of what was said
     for grown in (used[2] - used[1], used[3] - used[1]):
-        assert (K * 4 <= grown / count <= 1.2 * K * 4) if stateful else (grown / count < 20)
+        assert (K * 4 <= grown / count <= 1.2 * K * 4) if stateful else (grown / count < SLACK)
 
 
 def test_shards_that_were_used_do_not_pile_up(
