@@ -140,6 +140,21 @@ class TrainConfig(_Settings):
     dropout: Real = Field(default=0.1, ge=0, lt=1)
 
 
+class ScoreConfig(_Settings):
+    """How task-specific masks are found: what each rule looks at, and how the rules that train do so.
+
+    ``samples``: fish. ``batches``: gradient. ``steps`` and ``lr``: lt-sft and diff-pruning.
+    ``gate_lr`` and ``penalty``: diff-pruning's gates.
+    """
+
+    samples: Whole = Field(default=1024, ge=1)
+    batches: Whole = Field(default=1, ge=1)
+    steps: Whole = Field(default=100, ge=1)
+    lr: Real = Field(default=1e-4, gt=0)
+    gate_lr: Real = Field(default=0.1, gt=0)
+    penalty: Real = Field(default=1.25e-7, ge=0)
+
+
 class ServerConfig(_Settings):
     """Sampling and aggregation. ``options`` go to the strategy; ``timeout`` is seconds per round."""
 
@@ -174,6 +189,7 @@ class RunConfig(_Settings):
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    scores: ScoreConfig = Field(default_factory=ScoreConfig)
     server: ServerConfig = Field(default_factory=ServerConfig)
     runs_dir: str = Field(default="runs", min_length=1)
 

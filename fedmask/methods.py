@@ -34,6 +34,12 @@ _ALL = (
     Method("hiwi", "adapters on feed-forward biases, folded", _PAPER, biases="adapter"),
     Method("ffn-bias", "the same biases trained directly", "after BitFit, arXiv 2106.10199", biases="direct"),
     Method("random", "a seeded uniform mask (control)", "arXiv 2405.02596", "random"),
+    Method(
+        "random-matched",
+        "random, with as many entries a tensor as pafi (control)",
+        "this project",
+        "random-matched",
+    ),
     Method("largest", "largest-magnitude mask (control)", "arXiv 2305.16742, ablation", "largest"),
     Method("full", "full fine-tuning of the backbone", "FedAvg, arXiv 1602.05629", backbone=True),
     Method("head", "the task head alone", "linear probing"),

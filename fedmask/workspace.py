@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedmask import config as configuration
-from fedmask.config import RunConfig
+from fedmask.config import RunConfig, ScoreConfig
 from fedmask.errors import ConfigError, unknown
 from fedmask.layout import HEAD_PREFIX, Layout
-from fedmask.masks import Mask, Recipe, Rule, derive_mask, gradient_mask, mask_from_indices
+from fedmask.masks import (
+    Evidence,
+    Mask,
+    Recipe,
+    Rule,
+    Scores,
+    derive_mask,
+    mask_from_indices,
+    score_entries,
+)
 from fedmask.methods import METHODS, backbone_trainables
 from fedmask.models import Backbone, MeanHead, OwnHead, head_parameters, load_backbone, task_model
 from fedmask.precision import PRECISIONS, Precision, cast
@@ -29,14 +38,13 @@ from fedmask.tasks import (
     TaskData,
     Tokenized,
     assignments,
-    batches,
     load_task,
     shards,
     split_held_out,
     tokenize_rows,
 )
 from fedmask.trainables import DenseTensors
-from fedmask.training import LocalUpdate, Stream, batch_loss, evaluate, local_update, tuned
+from fedmask.training import LocalUpdate, Stream, evaluate, local_update, tuned
 from fedmask.tuner import attach, detach, tuning_of
 
 if TYPE_CHECKING:
@@ -149,7 +157,7 @@ class Workspace:
         name = METHODS[self.config.method].mask
         if name is None:
             return None
-        seed = self.config.seed if name == "random" else 0
+        seed = self.config.seed if name.startswith("random") else 0
         return Rule(name, self.config.density, self.config.eligible, self.config.per_tensor, seed)
 
     @cached_property
@@ -296,23 +304,15 @@ class Workspace:
             stream=Stream(self.config.seed, round, partition),
         )
 
-    def gradient_mask(self, partition: int, count: int) -> Mask:
-        """The mask that the client would choose for itself: largest mean gradient over ``count`` batches.
+    def scores(self, name: str, partition: int, settings: ScoreConfig | None = None) -> Scores:
+        """A client's scores under a task-specific rule (``fedmask.masks.SCORERS``), from its training rows.
 
-        As large as the run's own mask; see ``fedmask.masks.gradient``. Needs the client's rows and
-        a dense gradient, which the shared mask does not: it is here to be compared with.
+        Needs the client's rows and dense gradients, which the shared mask does not.
         """
         shard = self.shard(partition)
-        if self.rule is None:
-            raise ConfigError(f"method {self.config.method!r} has no mask to compare with")
         model = self._new_model(shard.task)  # not tuned: a tuned layer makes no dense gradient
-        rows = batches(
-            shard.train, self.config.train.batch_size, rng_for(self.config.seed, -1, partition, "mask")
-        )
-        losses = [
-            partial(batch_loss, model, shard.train, part, self.backbone.pad_id) for part in rows[:count]
-        ]
-        return gradient_mask(model, losses, self.rule)
+        evidence = Evidence(shard.train, self.backbone.pad_id, self.config.train, self.config.seed, partition)
+        return score_entries(name, model, self.space, evidence, settings or self.config.scores)
 
     def evaluate(self, task: str, vector: np.ndarray, data: Tokenized) -> dict[str, float]:
         """Loss and metric of the model at ``vector`` (float32, as ``layout(task)`` says) on ``data``."""

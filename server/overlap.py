@@ -29,15 +29,19 @@ def measured_unions(
     """
     config = workspace.config
     clients = sorted({client for sampled in schedule for client in sampled})
-    if workspace.mask is None or not config.overlap_batches or not 0 < len(clients) <= MOST_CLIENTS:
+    mask = workspace.mask
+    if mask is None or not config.overlap_batches or not 0 < len(clients) <= MOST_CLIENTS:
         return None, {}
-    masks = {client: workspace.gradient_mask(client, config.overlap_batches).indices for client in clients}
+    settings = config.scores.model_copy(update={"batches": config.overlap_batches})
+    masks = {
+        client: workspace.scores("gradient", client, settings).mask(mask.rule).indices for client in clients
+    }
     everyone = np.unique(np.concatenate(list(masks.values())))
     return list(union_sizes(masks, schedule)), {
         "rule": "gradient",
         "batches": config.overlap_batches,
         "clients": len(clients),
-        "k": workspace.mask.k,
+        "k": mask.k,
         "union": int(everyone.size),
         "mean_jaccard": _mean_jaccard(list(masks.values())),
     }

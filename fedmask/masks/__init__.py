@@ -1,4 +1,9 @@
-"""Which entries train: one file a rule, each a function ``(model, rule) -> Mask``."""
+"""Which entries train: one file a rule.
+
+Rules without data are functions ``(model, rule) -> Mask`` (``RULES``): every holder of the checkpoint
+derives the same mask. Task-specific rules give scores from labelled rows (``SCORERS``), from which one
+party alone or several together choose the mask.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +11,24 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fedmask.errors import ConfigError, expect, unknown
+from fedmask.config import ScoreConfig
+from fedmask.errors import ConfigError, DataError, expect, unknown
 from fedmask.masks.base import Mask, Recipe, Rule, mask_from_indices, mask_size
-from fedmask.masks.gradient import gradient_mask
+from fedmask.masks.gradient import gradient, gradient_mask
 from fedmask.masks.magnitude import largest, magnitude
-from fedmask.masks.random import random
-from fedmask.space import Eligible
+from fedmask.masks.random import random, random_matched
+from fedmask.masks.scores import Evidence, Scorer, Scores
+from fedmask.masks.votes import agree_by_scores, agree_by_votes, pack_top_scores, pack_votes
+from fedmask.space import Eligible, ParameterSpace
 
 RULES: dict[str, Callable[[nn.Module, Rule], Mask]] = {
     "magnitude": magnitude,
     "largest": largest,
     "random": random,
+    "random-matched": random_matched,
+}
+SCORERS: dict[str, Scorer] = {
+    "gradient": gradient,
 }
 
 
@@ -29,6 +41,21 @@ def derive_mask(model: nn.Module, rule: Rule) -> Mask:
     if rule.name not in RULES:
         raise ConfigError(unknown("mask rule", rule.name, RULES))
     return RULES[rule.name](model, rule)
+
+
+def score_entries(
+    name: str, model: nn.Module, space: ParameterSpace, evidence: Evidence, settings: ScoreConfig
+) -> Scores:
+    """The scores that the task-specific rule ``name`` gives; ConfigError for an unknown one.
+
+    ``model``: a task's, head included, nothing attached, in evaluation mode; it is left as it was.
+    ``space``: the eligible tensors, ``parameter_space(model, eligible)``. Raises DataError without rows.
+    """
+    if name not in SCORERS:
+        raise ConfigError(unknown("task-specific mask rule", name, SCORERS))
+    if not len(evidence.data):
+        raise DataError(f"mask rule {name!r}: expected labelled rows, found none; give it a client with rows")
+    return SCORERS[name](model, space, evidence, settings)
 
 
 def magnitude_mask(
@@ -49,15 +76,26 @@ def magnitude_mask(
 
 __all__ = [
     "RULES",
+    "SCORERS",
+    "Evidence",
     "Mask",
     "Recipe",
     "Rule",
+    "Scorer",
+    "Scores",
+    "agree_by_scores",
+    "agree_by_votes",
     "derive_mask",
+    "gradient",
     "gradient_mask",
     "largest",
     "magnitude",
     "magnitude_mask",
     "mask_from_indices",
     "mask_size",
+    "pack_top_scores",
+    "pack_votes",
     "random",
+    "random_matched",
+    "score_entries",
 ]

@@ -5,11 +5,14 @@ Numbers are given as sortable keys: the bits of a non-negative float32 order lik
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from fedmask.errors import CheckpointError
+from fedmask.masks.base import Rule, mask_size
+from fedmask.space import ParameterSpace, float32_chunks
+from fedmask.stored import TensorReader
 
 Chunks = Callable[[], Iterator[tuple[int, np.ndarray]]]
 """Gives (flat index of the first entry, keys uint32) in rising order of index, as often as called."""
@@ -74,3 +77,43 @@ def smallest(chunks: Chunks, k: int) -> np.ndarray:
         ties -= int(equal.sum())
         parts.append(found.astype(np.int64) + start)
     return np.concatenate(parts)
+
+
+def choose(space: ParameterSpace, read: TensorReader, rule: Rule, *, largest: bool) -> np.ndarray:
+    """Flat indices (int64 ``[k]``, sorted) of the k entries of smallest or largest magnitude.
+
+    ``read`` gives the ranked numbers by tensor name: stored weights, or scores. Ties go by tensor order,
+    then flat index; one threshold for all tensors, or one each with ``rule.per_tensor``. Padding rows
+    never count. CheckpointError for a number that is not finite.
+    """
+    k = mask_size(rule.density, space.eligible_size)
+    tensors = range(len(space.names))
+    groups = [[i] for i in tensors] if rule.per_tensor else [list(tensors)]
+    counts = shares(k, space.eligible_sizes) if rule.per_tensor else [k]
+    parts = [
+        smallest(lambda group=group: _keys(space, read, group, largest), count)  # type: ignore[misc]
+        for group, count in zip(groups, counts, strict=True)
+        if count
+    ]
+    return np.concatenate(parts)
+
+
+def shares(k: int, sizes: Sequence[int]) -> list[int]:
+    """k split over tensors in proportion to their sizes, summing to k (largest remainder, first wins)."""
+    total = sum(sizes)
+    counts = [k * size // total for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: -(k * sizes[i] % total))
+    for i in order[: k - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _keys(
+    space: ParameterSpace, read: TensorReader, tensors: Sequence[int], largest: bool
+) -> Iterator[tuple[int, np.ndarray]]:
+    for i in tensors:
+        start = space.offsets[i]
+        for values in float32_chunks(read(space.names[i])):
+            keys = magnitude_keys(values, space.names[i], largest=largest)
+            yield from without(space.excluded, start, keys)
+            start += keys.size

@@ -40,6 +40,7 @@ K = round(0.02 * 16384)
         ("hiwi", [("bias", BIASES)]),
         ("ffn-bias", [("bias", BIASES)]),
         ("random", [("mask", K)]),
+        ("random-matched", [("mask", K)]),
         ("largest", [("mask", K)]),
         ("full", [("backbone", 20640)]),
         ("head", []),
@@ -165,7 +166,8 @@ def test_one_workspace_a_process_and_config(folder: Path) -> None:
 def test_a_mask_of_one_s_own_leaves_the_run_s_alone(workspace: Workspace) -> None:
     """What a client would choose by its gradients, to be compared with the shared mask."""
     before: Any = state_bits(workspace.backbone.model)
-    mine, theirs = workspace.gradient_mask(0, 2), workspace.gradient_mask(1, 2)
+    rule = Rule("gradient", 0.02)
+    mine, theirs = (workspace.scores("gradient", client).mask(rule) for client in (0, 1))
     assert mine.k == theirs.k == K and mine != theirs and mine != workspace.mask
-    assert mine == workspace.gradient_mask(0, 2)
+    assert mine == workspace.scores("gradient", 0).mask(rule)
     assert state_bits(workspace.backbone.model) == before
