@@ -49,7 +49,7 @@ def pack_top_scores(scores: Scores, rule: Rule) -> bytes:
     indices, values = pack_votes(mask), scores.at(mask.indices)
     largest = np.float32(values.max())
     relative = values * (_TOP / largest) if largest > 0 else values
-    head = varint(len(indices)) + indices + largest.astype("<f4").tobytes()
+    head: bytes = varint(len(indices)) + indices + largest.astype("<f4").tobytes()
     sent: bytes = relative.astype("<f2").tobytes()
     return head + sent
 
