@@ -53,7 +53,7 @@ class Scores:
     tensors: Sequence[torch.Tensor]
 
     def read(self, name: str) -> torch.Tensor:
-        """The scores of one tensor by name."""
+        """The scores of one tensor by name, float32 in its shape."""
         return self.tensors[self.space.names.index(name)]
 
     def at(self, indices: np.ndarray) -> np.ndarray:
