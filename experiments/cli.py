@@ -185,6 +185,40 @@ def ledger(
     show_ledger(run, by, as_json=json)
 
 
+@app.command()
+def compare(
+    study: Annotated[
+        Path | None,
+        typer.Argument(metavar="STUDY", help="TOML file of a study (experiments/studies/compare)."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The embedded default's tasks on a small budget.")
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder that the study's files lie in (none: the variable FEDMASK_DATA)."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results (none: runs/compare/NAME).")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this variant, not all. Repeatable, or comma-separated.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at the same time, a process and a thread each.")] = 1,
+    retry: Annotated[bool, typer.Option("--retry", help="Run again what has failed.")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report", help="Run nothing: write tables and figures of what is there.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Compare methods: run what is left of a study, then write its tables and figures."""
+    from experiments.compare.command import compare as compare_methods
+
+    names = [name.strip() for text in only or () for name in text.split(",") if name.strip()]
+    compare_methods(
+        study, quick=quick, data=data, out=out, only=names, jobs=jobs, retry=retry, report_only=report_only,
+        as_json=json,
+    )  # fmt: skip
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what a user got wrong becomes one line on stderr and exit code 2."""
     try:

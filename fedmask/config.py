@@ -184,6 +184,7 @@ class RunConfig(_Settings):
     threads: Whole = Field(default=1, ge=1)
     workers: Whole | None = Field(default=None, ge=1)
     eval_rows: Whole = Field(default=1000, ge=1)
+    test_every_round: bool = False
     overlap_batches: Whole = Field(default=2, ge=0)
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     partition: PartitionConfig = Field(default_factory=PartitionConfig)

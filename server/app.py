@@ -129,6 +129,8 @@ def run_server(
         earlier = sum(row["seconds"] for row in rows)
         if not point:
             rows.append(federation.start_row(dev, began))
+            if config.test_every_round:
+                rows[0]["test"] = federation.scores(state, "test")
             _end_round(federation, state, rows[0], folder)
         while state.round < config.rounds:
             state, row = federation.train_round(state)

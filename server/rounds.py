@@ -138,7 +138,7 @@ class Federation:
         row["replied"] = sorted(reply.client for reply in good)
         row["selected"] = list(combined.selected)
         row["note"] = combined.note
-        row["dev"] = self.scores(after, "dev")
+        row |= self.central_row(after)
         row["seconds"] = time.monotonic() - began
         return after, row
 
@@ -146,6 +146,11 @@ class Federation:
         """Central scores of a state: ``dev`` on at most ``eval_rows`` rows, ``test`` on all."""
         rows = self.config.eval_rows if split == "dev" else None
         return central_scores(self.workspace, state.shared, state.heads, split, rows)
+
+    def central_row(self, state: RunState) -> dict[str, Scores]:
+        """The central scores that a round's row holds; ``test`` only where the settings ask for its curve."""
+        splits = ("dev", "test") if self.config.test_every_round else ("dev",)
+        return {split: self.scores(state, split) for split in splits}
 
     def client_scores(self, state: RunState) -> tuple[dict[str, dict[str, float]], list[Row]]:
         """The final vector on every client's held-out rows: ``{task: {"loss", "score", "clients"}}``.

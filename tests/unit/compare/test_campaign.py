@@ -1,0 +1,179 @@
+"""A whole small study: what runs, what is skipped, what goes on, what fails, and what is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import experiments.compare.runner as runner
+from experiments.compare.campaign import Campaign, all_results
+from experiments.compare.jobs import run_all
+from experiments.compare.plan import Cell
+from experiments.compare.report import write_comparison
+from experiments.compare.study import Study, study_from
+from fedmask.errors import ConfigError
+from tests.support import save_two_tasks
+
+
+def study_of(folder: Path, **changes: Any) -> Study:
+    task = {"train_rows": 80, "validation_rows": 40, "reported_rows": 60, "clients": 2}
+    found: dict[str, Any] = {
+        "name": "small",
+        "narrow": "a test",
+        "seeds": [1, 2],
+        "run": {
+            "model": str(folder / "model"),
+            "rounds": 2,
+            "density": 0.05,
+            "overlap_batches": 0,
+            "partition": {"held_out": 0.0},
+            "train": {"max_tokens": 16, "batch_size": 8, "steps": 2},
+        },
+        "tasks": [
+            task | {"name": "mood", "train": "mood.tsv", "reported": "mood.tsv"},
+            task | {"name": "topic", "train": "topic.tsv", "reported": "topic.tsv"},
+        ],
+        "variants": [
+            {"name": "full", "method": "full", "lr": [1e-3, 1e-2]},
+            {"name": "pafi", "method": "pafi", "lr": [1e-2]},
+        ],
+    }
+    return study_from(found | changes)
+
+
+def run(campaign: Campaign, jobs: int = 1) -> list[str]:
+    return [f"{r['variant']}/{r['lr']:g}/{r['seed']}" for r in run_all(campaign.next_task, jobs)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_two_tasks(tmp_path)
+
+
+def test_a_study_runs_once_and_its_results_say_everything(folder: Path) -> None:
+    out = folder / "out"
+    campaign = Campaign(study_of(folder), out, folder)
+    assert run(campaign)[:3] == ["full/0.001/1", "full/0.01/1", "pafi/0.01/1"]
+    assert campaign.progress() == (5, 5)
+    assert run(Campaign(study_of(folder), out, folder)) == []  # finished ones are skipped
+
+    result = json.loads((out / "cells" / "pafi" / "lr-0.01.seed-2.json").read_text())
+    assert result["status"] == "ok"
+    assert [point["round"] for point in result["curve"]] == [0, 1, 2]
+    assert set(result["curve"][0]["reported"]) == {"mood", "topic"}
+    sent = 4 * (result["sent_values"] + result["head_values"]["mood"])
+    assert result["sent_values"] == result["trained_values"]
+    assert result["bytes"]["up_per_client_round"] >= sent
+    assert result["bytes"]["payload"] == result["curve"][-1]["payload_bytes"]
+    assert result["client_seconds"] > 0
+    assert result["stored_bytes"] > 4 * result["sent_values"]
+    assert result["versions"]["fedmask"]
+    assert str(folder) not in json.dumps(result["config"]["tasks"])  # no path of this machine
+    assert not any((out / "unfinished").iterdir())  # what a run leaves behind is gone
+
+    write_comparison(study_of(folder), out, "fedmask compare small.toml")
+    page = (out / "report.md").read_text()
+    for table in ("quality", "cost", "budgets", "tasks", "search", "state"):
+        assert (out / "tables" / f"{table}.md").read_text() in page
+        assert (out / "tables" / f"{table}.csv").stat().st_size
+        assert "tabular" in (out / "tables" / f"{table}.tex").read_text()
+    assert "| pafi | pafi | 1 of 1 | 2 of 2 | complete |" in page
+    for figure in ("quality_bytes", "bytes_to_goal"):
+        assert (out / "figures" / f"{figure}.png").stat().st_size > 5000
+
+
+def test_processes_give_the_same_results_as_none(folder: Path) -> None:
+    study = study_of(folder, seeds=[1], tasks=study_of(folder).model_dump()["tasks"][:1])
+    for jobs, out in ((1, folder / "one"), (2, folder / "two")):
+        run(Campaign(study, out, folder), jobs)
+    one, two = (all_results(folder / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 3
+    assert [(r["curve"], r["bytes"]) for r in one] == [(r["curve"], r["bytes"]) for r in two]
+
+
+def test_a_broken_run_goes_on_and_comes_to_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, cell = study_of(folder), Cell("pafi", 1e-2, 1)
+    whole = runner.run_cell(Campaign(study, folder / "whole", folder).task(cell))
+
+    class Broken(BaseException):
+        """Not an error of the run: the machine stops here."""
+
+    class Stopping(runner.Clock):
+        def on_round_end(self, row: Any) -> None:
+            super().on_round_end(row)
+            if row["round"] == 1:
+                raise Broken
+
+    task = Campaign(study, folder / "broken", folder).task(cell)
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "Clock", Stopping)
+        with pytest.raises(Broken):
+            runner.run_cell(task)
+    assert not task.target.exists()
+    again = runner.run_cell(task)
+    assert again["resumed"]
+    assert [p["reported"] for p in again["curve"]] == [p["reported"] for p in whole["curve"]]
+    assert again["client_seconds"] > 0.3 * whole["client_seconds"]
+
+
+def test_a_failed_run_is_recorded_and_the_others_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = runner.run_inprocess
+
+    def fails(config: Any, *args: Any, **more: Any) -> Any:
+        if config.method == "full" and config.train.lr == 1e-2:
+            raise ConfigError("it does not converge")
+        return real(config, *args, **more)
+
+    monkeypatch.setattr(runner, "run_inprocess", fails)
+    out = folder / "out"
+    campaign = Campaign(study_of(folder, seeds=[1]), out, folder)
+    assert len(run(campaign)) == 3
+    (failed,) = [result for result in all_results(out) if result["status"] == "failed"]
+    assert failed["error"] == "fedmask.errors.ConfigError: it does not converge"
+    winner = campaign.winner(campaign.study.variant("full"))
+    assert winner is not None
+    assert (winner.lr, winner.edge) == (1e-3, True)
+    write_comparison(campaign.study, out, "x")
+    assert "it does not converge" in (out / "report.md").read_text()
+    monkeypatch.undo()
+    assert run(Campaign(campaign.study, out, folder)) == []  # failures are not repeated by themselves
+    assert run(Campaign(campaign.study, out, folder, retry=True)) == ["full/0.01/1"]
+
+
+def test_results_of_other_settings_or_rows_do_not_count(folder: Path) -> None:
+    out = folder / "out"
+    study = study_of(folder, seeds=[1])
+    run(Campaign(study, out, folder, ["pafi"]))
+    other = study_of(folder, seeds=[1], run=study.run | {"rounds": 1})
+    assert Campaign(other, out, folder, ["pafi"]).progress() == (0, 1)
+    lines = (folder / "mood.tsv").read_text().splitlines()
+    (folder / "mood.tsv").write_text(
+        "\n".join([lines[0], *(f"{line[:5]}x{line[5:]}" for line in lines[1:])]) + "\n"
+    )
+    assert Campaign(study, out, folder, ["pafi"]).progress() == (0, 1)
+
+
+def test_an_unknown_variant_and_a_damaged_result_are_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown variant 'paffi'; the nearest is 'pafi'"):
+        Campaign(study_of(folder), folder / "out", folder, ["paffi"])
+    path = folder / "out" / "cells" / "pafi" / "lr-0.01.seed-1.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=r"expected a result as JSON .* remove it"):
+        Campaign(study_of(folder), folder / "out", folder).progress()
+
+
+def test_missing_files_are_named_with_where_to_get_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = {"name": "t", "train": "trec6/train.tsv", "reported": "trec6/dev.tsv", "hub": "CogComp/trec",
+            "clients": 1, "train_rows": 5}  # fmt: skip
+    study = study_of(folder, tasks=[task])
+    monkeypatch.delenv("FEDMASK_DATA", raising=False)
+    with pytest.raises(ConfigError, match=r"--data or FEDMASK_DATA; fetch .* trec6: CogComp/trec"):
+        Campaign(study, folder / "out", None)
+    with pytest.raises(ConfigError, match=r"found no trec6/train\.tsv, trec6/dev\.tsv; fetch"):
+        Campaign(study, folder / "out", folder)
