@@ -25,22 +25,27 @@ def states_and_gradients(model: Any) -> list[torch.Tensor]:
     return [still * keep, out.detach() * keep, *gradients]
 
 
+def assert_equal(model: Any, other: Any) -> None:
+    """Equal up to float32's rounding, which goes with a tensor's largest value: sums cancel differently."""
+    for expected, found in zip(states_and_gradients(model), states_and_gradients(other), strict=True):
+        bound = 1e-5 * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=max(bound, 1e-5))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_equal_to_the_architectures_own(architecture: str) -> None:
     eager, ours = make_model(architecture), make_model(architecture)
     eager.set_attn_implementation("eager")
     use_plain_attention(ours)
     assert ours.config._attn_implementation == NAME
-    for expected, found in zip(states_and_gradients(eager), states_and_gradients(ours), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert_equal(eager, ours)
 
 
 def test_queries_that_share_keys() -> None:
     eager, ours = (make_model("llama", num_key_value_heads=2) for _ in range(2))
     eager.set_attn_implementation("eager")
     use_plain_attention(ours)
-    for expected, found in zip(states_and_gradients(eager), states_and_gradients(ours), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert_equal(eager, ours)
 
 
 def test_an_architecture_with_attention_of_its_own_keeps_it() -> None:
