@@ -7,9 +7,9 @@ its random stream; the backbone is loaded once a process.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
+from typing import cast as as_type
 
 import numpy as np
 
@@ -30,58 +30,26 @@ from fedmask.masks import (
 from fedmask.methods import METHODS, backbone_trainables
 from fedmask.models import Backbone, MeanHead, OwnHead, head_parameters, load_backbone, task_model
 from fedmask.precision import PRECISIONS, Precision, cast
-from fedmask.recent import Recent
-from fedmask.rng import rng_for
+from fedmask.run_data import RunData
 from fedmask.space import ParameterSpace, backbone_parameters, checkpoint_digest, parameter_space
 from fedmask.stored import is_half
-from fedmask.tasks import (
-    TaskData,
-    Tokenized,
-    assignments,
-    load_task,
-    shards,
-    split_held_out,
-    tokenize_rows,
-)
-from fedmask.trainables import DenseTensors
+from fedmask.tasks import Tokenized, tokenize_rows
+from fedmask.trainables import CarriedEntries, DenseTensors
 from fedmask.training import LocalUpdate, Stream, evaluate, local_update, tuned
 from fedmask.tuner import attach, detach, tuning_of
+from fedmask.views import View, turn
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-# Tokenized shards that a process keeps at hand: millions of tokens, more than most runs have.
-SHARD_BYTES = 64_000_000
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One client's rows: ``train`` and the part that it holds out for itself."""
-
-    task: str
-    train: Tokenized
-    held_out: Tokenized
-
-    @property
-    def bytes(self) -> int:
-        """Memory of both parts' arrays, and a little for the objects around them."""
-        return self.train.bytes + self.held_out.bytes + 2000
-
-
-class Workspace:
+class Workspace(RunData):
     """One run's backbone, mask, task models and data, each made when first asked for."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self._tasks = {task.name: task for task in config.tasks}
-        self._assignments = assignments(config)
-        self._data: dict[str, TaskData] = {}
-        self._labels: dict[str, np.ndarray] = {}
-        self._rows: dict[str, list[np.ndarray]] = {}
-        self._shards: Recent[int, Shard] = Recent(SHARD_BYTES, lambda shard: shard.bytes)
-        self._central: dict[tuple[str, str, int | None], Tokenized] = {}
+        super().__init__(config)
         self._models: dict[str, MeanHead | OwnHead] = {}
+        self._trained: dict[str, str] = {}  # the digest of the mask that a task's model trains now
         self._given: Mask | None = None
         self._precision: Precision | None = None if config.precision == "auto" else config.precision
 
@@ -127,7 +95,7 @@ class Workspace:
     def trial(self, precision: Precision) -> Workspace:
         """A workspace to measure with: same data and mask, models of its own. For one in float32."""
         other = copy.copy(self)
-        other._models, other._precision = {}, precision
+        other._models, other._trained, other._precision = {}, {}, precision
         if precision != "fp32":
             other.__dict__["backbone"] = self.backbone.copy_in(precision)
         return other
@@ -136,6 +104,7 @@ class Workspace:
         for model in self._models.values():
             detach(model)
         self._models.clear()
+        self._trained.clear()
 
     def use_backbone(self, backbone: Backbone) -> None:
         """Use an equal backbone from elsewhere in memory, unless models stand on the first.
@@ -202,15 +171,40 @@ class Workspace:
         self._forget_models()
         self._given = given
 
-    def model(self, task: str) -> MeanHead | OwnHead:
-        """The task's model with the method's trainables and its head attached, at the reference."""
+    def model(self, task: str, view: View | None = None) -> MeanHead | OwnHead:
+        """The task's model with the method's trainables and its head attached, at the reference.
+
+        ``view``: train its mask and carry its other entries; the same model is turned to another view in a
+        few milliseconds. None: the run's one mask. A run uses views throughout or not at all.
+        """
+        mask = self.mask if view is None else view.trained
         if task not in self._models:
-            model = self._new_model(task)
-            parts = backbone_trainables(METHODS[self.config.method], model, self.mask, self.config.adapter)
-            head = DenseTensors(HEAD_PREFIX + task, model, head_parameters(model))
-            attach(model, [*parts, head])
-            self._models[task] = model
-        return self._models[task]
+            self._models[task] = self._tune(task, mask, carries=view is not None)
+        model, digest = self._models[task], mask.digest if mask else ""
+        if mask is not None and self._trained[task] != digest:
+            turn(model, mask)
+            self._trained[task] = digest
+        if view is not None:
+            carried = tuning_of(model).trainables[0]
+            as_type(CarriedEntries, carried).place(view.carried)
+        return model
+
+    def _tune(self, task: str, mask: Mask | None, *, carries: bool) -> MeanHead | OwnHead:
+        model = self._new_model(task)
+        parts = backbone_trainables(METHODS[self.config.method], model, mask, self.config.adapter)
+        head = DenseTensors(HEAD_PREFIX + task, model, head_parameters(model))
+        carried = [CarriedEntries(model, self.space)] if carries else []
+        attach(model, [*carried, *parts, head])
+        self._trained[task] = mask.digest if mask else ""
+        return model
+
+    @cached_property
+    def no_mask(self) -> Mask:
+        """A mask of this run's rule without entries."""
+        rule = self.rule
+        if rule is None:
+            raise ConfigError(f"method {self.config.method!r} has no mask")
+        return Mask(np.empty(0, np.int64), self.space, rule)
 
     def _new_model(self, task: str) -> MeanHead | OwnHead:
         _ = self.precision  # an error before anything is built
@@ -220,81 +214,25 @@ class Workspace:
             self.backbone, task, outputs, head=config.head, seed=config.seed, dropout=config.train.dropout
         )
 
-    def layout(self, task: str) -> Layout:
-        """The segments of the vector that a client of ``task`` receives and sends."""
-        return tuning_of(self.model(task)).layout
-
-    # The data ----------------------------------------------------------------------------------
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Task names in the config's order."""
-        return tuple(self._tasks)
-
-    def task_of(self, partition: int) -> str:
-        """The task of a client."""
-        return self._assignments[partition][0]
-
-    def data(self, task: str) -> TaskData:
-        """The task's rows and labels."""
-        if task not in self._data:
-            self._data[task] = load_task(self._tasks[task])
-        return self._data[task]
-
-    def rows(self, partition: int) -> np.ndarray:
-        """Rows (int64, of the task's train split) that the client holds, its held-out part included."""
-        task, index = self._assignments[partition]
-        if task not in self._rows:
-            settings = self._tasks[task]
-            partition_rule = settings.partition or self.config.partition
-            self._rows[task] = shards(settings, self.data(task), partition_rule, self.config.seed)
-        return self._rows[task][index]
-
-    def split(self, partition: int) -> tuple[np.ndarray, np.ndarray]:
-        """The client's rows as (train, held out): sorted int64 row numbers of the task's train split."""
-        task, rows = self.task_of(partition), self.rows(partition)
-        rule = self._tasks[task].partition or self.config.partition
-        fraction = min(rule.held_out, rule.held_out_max / len(rows))
-        rng = rng_for(self.config.seed, -1, partition, "held-out")
-        return split_held_out(rows, self.labels(task)[rows], fraction, rng)
-
-    def labels(self, task: str) -> np.ndarray:
-        """Labels of the task's train split: int64 class numbers or float64 values."""
-        if task not in self._labels:
-            self._labels[task] = np.asarray(self.data(task).train.with_format("numpy")["label"][:])
-        return self._labels[task]
-
-    def shard(self, partition: int) -> Shard:
-        """The client's tokenized rows, kept while there is room: a client at rest costs its row numbers."""
-        return self._shards.get(partition, lambda: self._read_shard(partition))
-
-    def _read_shard(self, partition: int) -> Shard:
-        task = self.task_of(partition)
-        train, held_out = (self._tokenize(self.data(task).train, rows) for rows in self.split(partition))
-        return Shard(task, train, held_out)
-
-    def central(self, task: str, split: str, rows: int | None = None) -> Tokenized:
-        """``rows`` rows of the task's dev or test split, the same choice each time; all of them for None."""
-        key = (task, split, rows)
-        if key not in self._central:
-            data = getattr(self.data(task), split)
-            chosen = np.arange(len(data))
-            if rows is not None and rows < len(data):
-                picked = rng_for(self.config.seed, -1, -1, f"rows/{task}/{split}").permutation(len(data))
-                chosen = np.sort(picked[:rows])
-            self._central[key] = self._tokenize(data, chosen)
-        return self._central[key]
+    def layout(self, task: str, view: View | None = None) -> Layout:
+        """The segments of the vector that a client of ``task`` receives and sends; see ``model``."""
+        return tuning_of(self.model(task, view)).layout
 
     def _tokenize(self, data: Dataset, rows: np.ndarray) -> Tokenized:
         return tokenize_rows(data, rows, self.backbone.tokenizer, self.config.train.max_tokens)
 
     # The work ----------------------------------------------------------------------------------
 
-    def local_update(self, partition: int, round: int, vector: np.ndarray) -> LocalUpdate:
-        """One client's round from ``vector`` (float32 ``[layout.size]``); see ``fedmask.training``."""
+    def local_update(
+        self, partition: int, round: int, vector: np.ndarray, view: View | None = None
+    ) -> LocalUpdate:
+        """One client's round from ``vector`` (float32 ``[layout.size]``); see ``fedmask.training``.
+
+        With a ``view`` the vector is what ``view.read`` gives.
+        """
         shard = self.shard(partition)
         return local_update(
-            self.model(shard.task),
+            self.model(shard.task, view),
             vector,
             shard.train,
             shard.held_out,
@@ -314,9 +252,11 @@ class Workspace:
         evidence = Evidence(shard.train, self.backbone.pad_id, self.config.train, self.config.seed, partition)
         return score_entries(name, model, self.space, evidence, settings or self.config.scores)
 
-    def evaluate(self, task: str, vector: np.ndarray, data: Tokenized) -> dict[str, float]:
-        """Loss and metric of the model at ``vector`` (float32, as ``layout(task)`` says) on ``data``."""
-        model = self.model(task)
+    def evaluate(
+        self, task: str, vector: np.ndarray, data: Tokenized, view: View | None = None
+    ) -> dict[str, float]:
+        """Loss and metric on ``data`` of the model at ``vector`` (float32, in ``layout(task, view)``)."""
+        model = self.model(task, view)
         with tuned(model, vector, Stream(self.config.seed, -1, -1)):
             return evaluate(model, data, self.data(task).metric, self.backbone.pad_id)
 

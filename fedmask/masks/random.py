@@ -10,7 +10,7 @@ from torch import nn
 from fedmask.masks.base import Mask, Rule, mask_size
 from fedmask.masks.magnitude import magnitude
 from fedmask.rng import rng_for
-from fedmask.space import parameter_space
+from fedmask.space import ParameterSpace, parameter_space
 
 
 def random(model: nn.Module, rule: Rule) -> Mask:
@@ -19,11 +19,14 @@ def random(model: nn.Module, rule: Rule) -> Mask:
     ``per_tensor`` has no meaning for a uniform draw and is ignored.
     """
     space = parameter_space(model, rule.eligible)
-    k = mask_size(rule.density, space.eligible_size)
-    drawn = rng_for(rule.seed, -1, -1, "mask").choice(
-        space.eligible_size, size=k, replace=False, shuffle=False
-    )
-    return Mask(_flat(np.sort(drawn.astype(np.int64)), space.excluded), space, rule)
+    return Mask(draw(space, mask_size(rule.density, space.eligible_size), rule.seed), space, rule)
+
+
+def draw(space: ParameterSpace, k: int, seed: int, band: int = 0) -> np.ndarray:
+    """k distinct eligible flat indices (int64, sorted), uniform; each ``band`` of a seed is another draw."""
+    rng = rng_for(seed, -1, -1, "mask") if band == 0 else rng_for(seed, band, -1, "mask")
+    drawn = rng.choice(space.eligible_size, size=k, replace=False, shuffle=False)
+    return _flat(np.sort(drawn.astype(np.int64)), space.excluded)
 
 
 def random_matched(model: nn.Module, rule: Rule) -> Mask:

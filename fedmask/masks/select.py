@@ -91,7 +91,7 @@ def choose(space: ParameterSpace, read: TensorReader, rule: Rule, *, largest: bo
     groups = [[i] for i in tensors] if rule.per_tensor else [list(tensors)]
     counts = shares(k, space.eligible_sizes) if rule.per_tensor else [k]
     parts = [
-        smallest(lambda group=group: _keys(space, read, group, largest), count)  # type: ignore[misc]
+        smallest(group_chunks(space, read, group, largest), count)
         for group, count in zip(groups, counts, strict=True)
         if count
     ]
@@ -106,6 +106,11 @@ def shares(k: int, sizes: Sequence[int]) -> list[int]:
     for i in order[: k - sum(counts)]:
         counts[i] += 1
     return counts
+
+
+def group_chunks(space: ParameterSpace, read: TensorReader, tensors: Sequence[int], largest: bool) -> Chunks:
+    """The sortable keys of some tensors' numbers, as often as wanted; ``largest`` turns the order."""
+    return lambda: _keys(space, read, tensors, largest)
 
 
 def _keys(

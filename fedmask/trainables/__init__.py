@@ -11,12 +11,14 @@ from fedmask.trainables.adapters import (
     feed_forward_layers,
 )
 from fedmask.trainables.base import Draw, Slot, Trainable, slots_of
+from fedmask.trainables.carried import CarriedEntries
 from fedmask.trainables.dense import DenseTensors
 from fedmask.trainables.masked import MaskedEntries
 
 __all__ = [
     "ACTIVATIONS",
     "BiasAdapters",
+    "CarriedEntries",
     "DenseTensors",
     "Draw",
     "MaskedEntries",

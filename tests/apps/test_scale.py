@@ -12,6 +12,7 @@ import pytest
 
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 
+import fedmask.run_data
 import fedmask.workspace
 from experiments.inprocess import InProcessGrid
 from fedmask.config import PartitionConfig, RunConfig
@@ -76,7 +77,7 @@ def test_memory_of_clients_at_rest(make_config: MakeConfig, stateful: bool) -> N
 def test_shards_that_were_used_do_not_pile_up(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fedmask.workspace, "SHARD_BYTES", 12_000)
+    monkeypatch.setattr(fedmask.run_data, "SHARD_BYTES", 12_000)
     workspace = Workspace(make_config(clients=(60,)))
     first = workspace.shard(0)
     assert workspace.shard(0) is first
