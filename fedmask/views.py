@@ -33,7 +33,7 @@ class View:
         return np.concatenate([take(change, self.carried), take(change, self.trained.indices), beside])
 
     def sent(self, vector: np.ndarray) -> np.ndarray:
-        """Of such a vector the part that a client sends: all but the carried values."""
+        """Of such a vector (flat) the part that a client sends: all but the carried values."""
         return vector[self.carried.size :]
 
 
