@@ -9,23 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+import numpy as np
 import torch
 
 import fedmask._env  # noqa: F401  (before flwr is imported)
 from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedmask.codecs import pack_update, unpack_indices, unpack_update
+from clients.link import held_version, packed_change, received
+from fedmask.channel import Behind
+from fedmask.codecs import unpack_indices
 from fedmask.config import RunConfig
 from fedmask.errors import CheckpointError, ConfigError, unknown
 from fedmask.flower import (
     ARRAYS,
     CONFIG,
     EXAMPLES,
+    HELD,
     MASK,
     PRECISION,
     RECIPE,
     RecordError,
+    behind_content,
     bytes_record,
     config_of,
     record_bytes,
@@ -71,7 +76,10 @@ def make_client_app(
             return Message(RecordDict({CONFIG: answer}), reply_to=message)
         _keep_precision(context, settings, message.content)
         workspace, _ = enter(context)
-        return Message(_join(workspace, partition, message.content), reply_to=message)
+        said = _join(workspace, partition, message.content)
+        if held := held_version(context):
+            said[CONFIG] = ConfigRecord({**said.config_records[CONFIG], HELD: held})
+        return Message(said, reply_to=message)
 
     @app.query("mask")
     def mask(message: Message, context: Context) -> Message:
@@ -86,14 +94,13 @@ def make_client_app(
     @app.train()
     def train(message: Message, context: Context) -> Message:
         workspace, partition = enter(context)
-        layout = workspace.layout(workspace.task_of(partition))
-        digest, round = workspace.digest, _round(message.content)
-        sent = record_bytes(_one(message.content, ARRAYS, ArrayRecord))
-        vector = unpack_update(sent, layout=layout, digest=digest, round=round)
+        round = _round(message.content)
+        try:
+            vector = _vector(workspace, context, partition, message.content, round - 1)
+        except Behind as behind:
+            return Message(behind_content(behind.held), reply_to=message)
         update = workspace.local_update(partition, round, vector)
-        envelope = pack_update(
-            update.change, layout, codec=workspace.config.values, digest=digest, round=round
-        )
+        envelope = packed_change(workspace, context, partition, round, update.change)
         metrics = {EXAMPLES: update.examples, **update.metrics}
         return Message(reply_content(envelope, metrics), reply_to=message)
 
@@ -101,13 +108,10 @@ def make_client_app(
     def evaluate(message: Message, context: Context) -> Message:
         workspace, partition = enter(context)
         task = workspace.task_of(partition)
-        sent = record_bytes(_one(message.content, ARRAYS, ArrayRecord))
-        vector = unpack_update(
-            sent,
-            layout=workspace.layout(task),
-            digest=workspace.digest,
-            round=_round(message.content),
-        )
+        try:
+            vector = _vector(workspace, context, partition, message.content, _round(message.content))
+        except Behind as behind:
+            return Message(behind_content(behind.held), reply_to=message)
         rows = workspace.shard(partition).held_out
         found = workspace.evaluate(task, vector, rows) if len(rows) else {}
         # "score" is the task's metric, under one name for all tasks as in the training replies.
@@ -115,6 +119,13 @@ def make_client_app(
         return Message(reply_content(None, {EXAMPLES: len(rows), **named}), reply_to=message)
 
     return app
+
+
+def _vector(
+    workspace: Workspace, context: Context, partition: int, content: RecordDict, version: int
+) -> np.ndarray:
+    frame = record_bytes(_one(content, ARRAYS, ArrayRecord))
+    return received(workspace, context, partition, frame, version)
 
 
 def _join(workspace: Workspace, partition: int, content: RecordDict) -> RecordDict:

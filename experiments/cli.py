@@ -75,7 +75,12 @@ def run(
     clients_per_round: Annotated[
         int | None, typer.Option(help="Clients sampled per round (none: all).")
     ] = None,
-    values: Annotated[str | None, typer.Option(help="fp32 or fp16: how values travel.")] = None,
+    up: Annotated[
+        str | None, typer.Option(help="How changes travel to the server: fp32, fp16, int8, int4+ef, ...")
+    ] = None,
+    down: Annotated[
+        str | None, typer.Option(help="How values travel to the clients: fp32, fp16, int4+delta, ...")
+    ] = None,
     mask_transport: Annotated[str | None, typer.Option(help="recipe (under 256 bytes) or packed.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16 or auto (measured before round 1): the frozen backbone's.")

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from fedmask.channel.ways import down_way, up_codec
 from fedmask.errors import ConfigError, unknown
 from fedmask.methods import METHODS, check_federated
 
@@ -178,7 +179,8 @@ class RunConfig(_Settings):
     eligible: Literal["linear", "linear+embeddings", "all"] = "linear"
     per_tensor: bool = False
     mask_transport: Literal["recipe", "packed"] = "recipe"
-    values: Literal["fp32", "fp16"] = "fp32"
+    up: str = "fp32"
+    down: str = "fp32"
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     rounds: Whole = Field(default=8, ge=1)
     threads: Whole = Field(default=1, ge=1)
@@ -199,6 +201,18 @@ class RunConfig(_Settings):
     def _method_is_known(cls, value: str) -> str:
         if value not in METHODS:
             raise ConfigError(unknown("method", value, METHODS))
+        return value
+
+    @field_validator("up")
+    @classmethod
+    def _up_is_a_codec(cls, value: str) -> str:
+        up_codec(value)
+        return value
+
+    @field_validator("down")
+    @classmethod
+    def _down_is_a_way(cls, value: str) -> str:
+        down_way(value)
         return value
 
     @model_validator(mode="after")

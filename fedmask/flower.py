@@ -1,8 +1,8 @@
 """Vectors and masks <-> Flower records, and the bytes that a message weighs.
 
-The only module of the library that knows Flower. A message carries at most one array: the envelope
-made by ``fedmask.codecs.pack_update`` (or a packed mask) as uint8. One array per message matters:
-with Flower's transport each further array costs requests and headers of its own.
+The only module of the library that knows Flower. A message carries at most one array: a frame or an
+envelope (see ``fedmask.channel``) or a packed mask, as uint8. One array per message matters: with Flower's
+transport each further array costs requests and headers of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedmask.codecs import payload_bytes
+from fedmask.channel import payload_bytes
 from fedmask.config import RunConfig, from_json
 from fedmask.errors import ConfigError, EnvelopeError
 
@@ -27,6 +27,7 @@ METRICS = "metrics"
 UPDATE = "update"
 MASK = "mask"
 RECIPE = "recipe"
+HELD = "held"
 PRECISION = "precision"
 MAX_METRICS = 9
 EXAMPLES = "num-examples"
@@ -88,9 +89,22 @@ def record_bytes(record: ArrayRecord, name: str = UPDATE) -> bytes:
     return values.tobytes()
 
 
-def update_content(envelope: bytes, round: int) -> RecordDict:
-    """What the server sends for training and evaluation: the envelope and the round's number."""
-    return RecordDict({ARRAYS: bytes_record(envelope), CONFIG: ConfigRecord({"round": round})})
+def update_content(frame: bytes, round: int) -> RecordDict:
+    """What the server sends for training and evaluation: the frame and the round's number."""
+    return RecordDict({ARRAYS: bytes_record(frame), CONFIG: ConfigRecord({"round": round})})
+
+
+def behind_content(held: int) -> RecordDict:
+    """What a client answers to changes that it cannot use: the version that it does hold."""
+    return RecordDict({CONFIG: ConfigRecord({HELD: held})})
+
+
+def behind_version(content: RecordDict) -> int | None:
+    """The inverse of ``behind_content``; None for any other content."""
+    if set(content) != {CONFIG}:
+        return None
+    held = content.config_records.get(CONFIG, ConfigRecord()).get(HELD)
+    return held if isinstance(held, int) and not isinstance(held, bool) and held >= 0 else None
 
 
 def reply_content(envelope: bytes | None, metrics: dict[str, float]) -> RecordDict:

@@ -14,6 +14,7 @@ from typing import cast as as_type
 import numpy as np
 
 from fedmask import config as configuration
+from fedmask.channel import Terms
 from fedmask.config import RunConfig, ScoreConfig
 from fedmask.errors import ConfigError, unknown
 from fedmask.layout import HEAD_PREFIX, Layout
@@ -217,6 +218,18 @@ class Workspace(RunData):
     def layout(self, task: str, view: View | None = None) -> Layout:
         """The segments of the vector that a client of ``task`` receives and sends; see ``model``."""
         return tuning_of(self.model(task, view)).layout
+
+    def down_terms(self, client: int, version: int) -> Terms:
+        """What the values mean that the server sends ``client`` as version ``version``."""
+        return Terms(self.layout(self.task_of(client)), self.digest)
+
+    def up_terms(self, client: int, round: int) -> Terms:
+        """What the values mean that ``client`` sends in round ``round``."""
+        return Terms(self.layout(self.task_of(client)), self.digest)
+
+    def stream_of(self, client: int) -> str:
+        """Which of the server's vectors the client receives: clients of one stream get the same bytes."""
+        return self.task_of(client)
 
     def _tokenize(self, data: Dataset, rows: np.ndarray) -> Tokenized:
         return tokenize_rows(data, rows, self.backbone.tokenizer, self.config.train.max_tokens)

@@ -26,7 +26,8 @@ from server.observer import Observer, Silent
 from server.overlap import measured_unions
 from server.record import Existing, RunFolder, vector_digest
 from server.resume import forget_states, interrupted, save_state
-from server.rounds import Federation, Row, RunState, most_claims
+from server.rounds import Federation, Row, most_claims
+from server.state import RunState
 from server.streaming import make_strategy
 from server.summary import costs, save_change
 
@@ -124,6 +125,7 @@ def run_server(
         folder.create(record)
     record = {}  # thousands of clients' label counts, which are in the file
     try:
+        state.confirm(roster.held)
         federation = Federation(workspace, grid, roster, strategy, ledger, observer, most_claims(workspace))
         rows = point.rows if point else []
         earlier = sum(row["seconds"] for row in rows)

@@ -26,9 +26,13 @@ log = logging.getLogger("flwr")
 
 @dataclass
 class Roster:
-    """``nodes``: partition -> node id of the clients that take part; ``failed``: the others, with reasons."""
+    """``nodes``: partition -> node id of the clients that take part; ``failed``: the others, with reasons.
+
+    ``held``: partition -> the version that the client holds of what an earlier process of this run sent.
+    """
 
     nodes: dict[int, int] = field(default_factory=dict)
+    held: dict[int, int] = field(default_factory=dict)
     failed: list[dict[str, int | str]] = field(default_factory=list)
 
 
@@ -126,6 +130,7 @@ def _seat(workspace: Workspace, answers: list[Answer], roster: Roster) -> list[i
                 f" {answer.request.node}): give each SuperNode a partition-id of its own"
             )
         roster.nodes[said.partition] = answer.request.node
+        roster.held[said.partition] = said.held
         if workspace.mask is not None and (
             workspace.config.mask_transport == "packed" or said.digest != workspace.digest
         ):

@@ -8,18 +8,19 @@ from typing import TypeVar
 import fedmask._env  # noqa: F401  (before flwr is imported)
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedmask.channel import Terms
 from fedmask.codecs import read_header, unpack_update
 from fedmask.flower import (
     ARRAYS,
     CONFIG,
     EXAMPLES,
+    HELD,
     HELD_OUT,
     METRICS,
     RecordError,
     read_metrics,
     record_bytes,
 )
-from fedmask.layout import Layout
 from server.strategy import Contribution
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class Joined:
     digest: str
     checkpoint: str
     reason: str
+    held: int = 0
 
 
 def read_join(message: Message) -> Joined:
@@ -57,7 +59,11 @@ def read_join(message: Message) -> Joined:
         raise RecordError(f"partition: expected a whole number, found {partition!r}")
     if not all(isinstance(text, str) for text in texts):
         raise RecordError("expected texts for status, digest and checkpoint")
-    return Joined(partition, *(str(text) for text in texts))
+    held = record.get(HELD, 0)
+    if isinstance(held, bool) or not isinstance(held, int) or held < 0:
+        raise RecordError(f"{HELD}: expected a version, found {held!r}")
+    status, digest, checkpoint, reason = (str(text) for text in texts)
+    return Joined(partition, status, digest, checkpoint, reason, held)
 
 
 def read_training(
@@ -65,16 +71,15 @@ def read_training(
     *,
     client: int,
     task: str,
-    layout: Layout,
-    digest: str,
+    terms: Terms,
     round: int,
     codec: str,
     most: Most,
 ) -> Contribution:
     """A training reply as a contribution.
 
-    ``codec``: the one in which values travel in this run. Raises ``EnvelopeError`` (or a subclass) for
-    anything that is not exactly the agreed records, or that claims more than ``most``.
+    ``terms``: what the values must mean; ``codec``: the one in which they must come. Raises ``EnvelopeError``
+    (or a subclass) for anything that is not exactly the agreed records, or that claims more than ``most``.
     """
     content = _records(message.content, ARRAYS, METRICS)
     arrays = _record(content, ARRAYS, ArrayRecord)
@@ -88,7 +93,7 @@ def read_training(
     envelope = record_bytes(arrays)
     if (found := read_header(envelope).codec) != codec:
         raise RecordError(f"expected values as {codec}, found {found}")
-    change = unpack_update(envelope, layout=layout, digest=digest, round=round)
+    change = unpack_update(envelope, layout=terms.layout, digest=terms.digest, round=round)
     return Contribution(client, task, examples, change, metrics)
 
 

@@ -24,8 +24,10 @@ from fedmask.errors import CheckpointError, ConfigError, FedmaskError
 from fedmask.layout import HEAD_PREFIX
 from fedmask.ledger import Ledger
 from fedmask.workspace import Workspace
+from server.channel_state import channel_tensors, read_channel
 from server.record import plain, read_json, write_json, write_lines
-from server.rounds import Row, RunState
+from server.rounds import Row
+from server.state import RunState
 
 STATE = "state.safetensors"
 PREVIOUS = "state.previous.safetensors"
@@ -91,6 +93,7 @@ def save_state(folder: Path, state: RunState, strategy: Mapping[str, np.ndarray]
     """Write the state after a round; the one before is kept, older ones are gone."""
     tensors = {_SHARED: state.shared}
     tensors |= {HEAD_PREFIX + task: head for task, head in state.heads.items()}
+    tensors |= channel_tensors(state)
     tensors |= {_STRATEGY + name: values for name, values in strategy.items()}
     tensors = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
     metadata = {"format": _FORMAT, "version": "1", "round": str(state.round), "ledger_rows": str(ledger_rows)}
@@ -157,7 +160,8 @@ def _read(folder: Path, name: str, record: dict[str, Any]) -> Point:
     counted = len(Ledger.read_jsonl(folder / "ledger.jsonl"))
     if [row.get("round") for row in rows] != list(range(round + 1)) or counted < ledger_rows:
         raise CheckpointError(f"{name}: after round {round}, but rounds.jsonl or ledger.jsonl ends before")
-    return Point(RunState(round, tensors[_SHARED], heads), strategy, ledger_rows, rows, record)
+    state = RunState(round, tensors[_SHARED], heads, *read_channel(tensors, round))
+    return Point(state, strategy, ledger_rows, rows, record)
 
 
 def _rows(path: Path) -> Iterator[Row]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,42 +16,24 @@ import numpy as np
 import fedmask._env  # noqa: F401  (before flwr is imported)
 from flwr.serverapp import Grid
 
-from fedmask.codecs import pack_update
+from fedmask.channel import up_codec
 from fedmask.errors import EnvelopeError, FederationError
-from fedmask.flower import EVALUATE, EXAMPLES, HELD_OUT, TRAIN, update_content
+from fedmask.flower import EVALUATE, EXAMPLES, HELD_OUT, TRAIN, behind_version
 from fedmask.ledger import Ledger
 from fedmask.rng import rng_for
 from fedmask.training import planned_steps
 from fedmask.workspace import Workspace
+from server.downlink import down_contents
 from server.evaluation import Scores, central_scores, task_means
 from server.exchange import Answer, Request, enter, exchange
 from server.joining import Roster
 from server.observer import Observer
 from server.replies import Most, read_scores, read_training
+from server.state import RunState
 from server.strategy import Contribution, Strategy
 
 Row = dict[str, Any]
 _ADDED = np.empty(0, np.float32)
-
-
-@dataclass
-class RunState:
-    """All that the next round depends on, besides the strategy's own state (``ServerStrategy.state``).
-
-    ``shared`` float32 ``[s]``, ``heads`` float32 by task: changes from the reference, zeros at first.
-    """
-
-    round: int
-    shared: np.ndarray
-    heads: dict[str, np.ndarray]
-
-    @classmethod
-    def start(cls, workspace: Workspace) -> RunState:
-        """The state before round 1."""
-        layouts = {task: workspace.layout(task) for task in workspace.tasks}
-        shared = next(iter(layouts.values())).shared_size
-        heads = {task: np.zeros(layout.size - shared, np.float32) for task, layout in layouts.items()}
-        return cls(0, np.zeros(shared, np.float32), heads)
 
 
 def most_claims(workspace: Workspace) -> dict[int, Most]:
@@ -133,7 +115,9 @@ class Federation:
                 f" (server.min_replies), found {len(good)} of {len(clients)} ({reasons})"
             )
         combined = tally.result()
-        after = RunState(round, combined.shared, combined.heads)
+        held = state.held | {reply.client: state.round for reply in good}
+        after = RunState(round, combined.shared, combined.heads, state.public, held)
+        after.publish(self.workspace)
         row.update(self._measured(good))
         row["replied"] = sorted(reply.client for reply in good)
         row["selected"] = list(combined.selected)
@@ -195,24 +179,32 @@ class Federation:
         kind: str,
         arrived: Callable[[Answer], None],
     ) -> list[Answer]:
-        # Clients of one task get the same bytes, so each task's vector is packed once.
-        contents = {
-            task: update_content(
-                pack_update(
-                    np.concatenate([state.shared, state.heads[task]]),
-                    self.workspace.layout(task),
-                    codec=self.config.values,
-                    digest=self.workspace.digest,
-                    round=round,
-                ),
-                round,
-            )
-            for task in sorted({self.workspace.task_of(client) for client in clients})
-        }
-        requests = [
-            Request(self.roster.nodes[client], client, contents[self.workspace.task_of(client)])
-            for client in clients
-        ]
+        behind: dict[int, int] = {}
+
+        def came(answer: Answer) -> None:
+            held = behind_version(answer.reply.content) if answer.reply is not None else None
+            if held is None or answer.client in behind:
+                arrived(answer)
+            else:  # it has lost the version that it confirmed, and is asked once more
+                answer.reply = None
+                behind[answer.client] = held
+
+        answers = self._ask(state, round, clients, state.held, kind, came)
+        if behind:
+            answers += self._ask(state, round, tuple(sorted(behind)), dict(behind), kind, came)
+        return answers
+
+    def _ask(
+        self,
+        state: RunState,
+        round: int,
+        clients: Sequence[int],
+        held: Mapping[int, int],
+        kind: str,
+        arrived: Callable[[Answer], None],
+    ) -> list[Answer]:
+        contents = down_contents(self.workspace, state, round, held, clients)
+        requests = [Request(self.roster.nodes[client], client, contents[client]) for client in clients]
         return exchange(self.grid, requests, kind, self.config.server.timeout, arrived)
 
     def _judge(self, answer: Answer, round: int) -> list[Contribution]:
@@ -225,10 +217,9 @@ class Federation:
                 answer.reply,
                 client=answer.client,
                 task=task,
-                layout=self.workspace.layout(task),
-                digest=self.workspace.digest,
+                terms=self.workspace.up_terms(answer.client, round),
                 round=round,
-                codec=self.config.values,
+                codec=up_codec(self.config.up).name,
                 most=self.most[answer.client],
             )
         except EnvelopeError as error:

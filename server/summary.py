@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from fedmask.channel import value_bytes
 from fedmask.costs import RunFacts, compare, lora_values, query_value_shapes
 from fedmask.delta import write_delta
 from fedmask.space import backbone_parameters
 from fedmask.tuner import tuning_of
 from fedmask.workspace import Workspace
 from server.record import vector_digest
-from server.rounds import RunState
+from server.state import RunState
 
 
 def save_change(workspace: Workspace, state: RunState, path: Path) -> None:
@@ -59,7 +60,7 @@ def costs(
             client_heads=[heads[workspace.task_of(client)] for client in range(config.clients)],
             schedule=schedule,
             beside=shared - k,
-            value_bytes=2.0 if config.values == "fp16" else 4.0,
+            value_bytes=value_bytes(config.up),
             recipe_bytes=len(recipe.to_json().encode()) if recipe else 0,
             unions=unions,
             lora_values=lora_values(query_value_shapes(list(backbone), [p.shape for p in backbone.values()])),

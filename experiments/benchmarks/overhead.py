@@ -87,7 +87,8 @@ def in_turns(repeats: int) -> dict[str, list[float]]:
     from fedmask.workspace import get_workspace
     from server.joining import join
     from server.observer import Silent
-    from server.rounds import Federation, RunState, most_claims
+    from server.rounds import Federation, most_claims
+    from server.state import RunState
     from server.streaming import make_strategy
 
     torch.set_num_threads(1)

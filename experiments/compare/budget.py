@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.compare.study import Study, Variant
+from fedmask.channel import value_bytes
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError
 from fedmask.methods import METHODS
 
 TOLERANCE = 0.01
-WIDTHS = {"fp32": 4.0, "fp16": 2.0}
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,4 @@ def _wanted(study: Study, variant: Variant, sizes: _Sizes, done: Mapping[str, Ma
         return sizes.shared(other, done[other.name])[0]
     if budget.values:
         return budget.values
-    width = WIDTHS.get(sizes.config_of(variant, {}).values)
-    if width is None:
-        raise ConfigError(
-            "budget.bytes: this variant's values have no fixed width; give its budget as values"
-        )
-    return max(1, round((budget.bytes or 0) / width))
+    return max(1, round((budget.bytes or 0) / value_bytes(sizes.config_of(variant, {}).up)))

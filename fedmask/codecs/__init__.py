@@ -29,7 +29,7 @@ from fedmask.codecs.errors import (
     WrongLength,
 )
 from fedmask.codecs.indices import index_entropy_bytes, pack_indices, unpack_indices
-from fedmask.codecs.registry import CODECS, codec_for
+from fedmask.codecs.registry import CODECS, bare_codec, codec_for
 
 __all__ = [
     "CODECS",
@@ -50,6 +50,7 @@ __all__ = [
     "WrongDigest",
     "WrongLayout",
     "WrongLength",
+    "bare_codec",
     "codec_for",
     "encode_update",
     "index_entropy_bytes",

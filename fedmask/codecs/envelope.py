@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmask.codecs.base import Encoded, State, Vector
+from fedmask.codecs.base import Codec, Encoded, State, Vector
 from fedmask.codecs.bits import Reader
 from fedmask.codecs.errors import (
     AbsurdScale,
@@ -75,18 +75,21 @@ def encode_update(
     vector: Vector,
     layout: Layout,
     *,
-    codec: str,
+    codec: str | Codec,
     digest: str,
     round: int,
     state: State = None,
     generator: np.random.Generator | None = None,
     max_abs: float = MAX_ABS,
 ) -> Encoded:
-    """Like ``pack_update`` for any codec: takes the sender's state and generator, returns the next state."""
+    """Like ``pack_update`` for any codec: takes the sender's state and generator, returns the next state.
+
+    ``vector`` float32[layout.size]; ``codec``: a spec, or what ``codec_for`` made of one.
+    """
     if vector.shape != (layout.size,) or vector.dtype != np.float32:
         raise WrongLength(f"expected float32 [{layout.size}], found {vector.dtype} {list(vector.shape)}")
     _check_values(vector, layout, max_abs)
-    coder = codec_for(codec)
+    coder = codec_for(codec) if isinstance(codec, str) else codec
     payload, state = coder.encode(vector, state, generator)
     header = _write_header(Header(coder.name, round, digest, layout, len(payload)))
     body = struct.pack("<HQ", len(header), len(payload)) + header

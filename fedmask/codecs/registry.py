@@ -1,7 +1,8 @@
 """The value codecs by name. A new one is a file with the contract of ``Codec`` and a line here.
 
-A spec is ``name``, ``name:option``, and ``+ef`` behind either for error feedback: ``fp16``, ``int4+ef``,
-``int8:64``, ``topk:0.05/int8``. ``sign`` and ``topk`` always have it.
+A spec is ``name`` or ``name:option``, and behind either ``+ef`` for error feedback: ``fp16``, ``int4+ef``,
+``int8:64``, ``topk:0.05/int8``. ``sign`` and ``topk`` have it unasked; ``topk:0.25+noef`` is top-k without,
+where what is left out is lost (as in FLASC, arXiv 2406.05233).
 """
 
 from __future__ import annotations
@@ -33,11 +34,18 @@ CODECS: dict[str, Callable[[str], Codec]] = {
 def codec_for(spec: str) -> Codec:
     """The codec that ``spec`` names, with what a sender needs. Raises ``UnknownCodec``."""
     body, plus, suffix = spec.partition("+")
-    if plus and suffix != "ef":
-        raise UnknownCodec(f"codec {spec!r}: expected nothing or 'ef' after '+', found {suffix!r}")
+    if plus and suffix not in ("ef", "noef"):
+        raise UnknownCodec(f"codec {spec!r}: expected nothing, 'ef' or 'noef' after '+', found {suffix!r}")
+    codec = bare_codec(body)
+    if suffix == "noef" and codec.name != "topk":
+        raise UnknownCodec(f"codec {spec!r}: only 'topk' goes without feedback; write {body!r}")
+    return Feedback(codec) if suffix == "ef" or (codec.biased and suffix != "noef") else codec
+
+
+def bare_codec(body: str) -> Codec:
+    """The codec of ``name`` or ``name:option`` without feedback, for who makes up for its losses."""
     name, _, option = body.partition(":")
-    codec = _named(name)(option)
-    return Feedback(codec) if plus or codec.biased else codec
+    return _named(name)(option)
 
 
 def decoder_for(name: str) -> Codec:

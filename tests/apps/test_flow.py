@@ -26,7 +26,8 @@ from fedmask.workspace import get_workspace
 from server.app import make_server_app
 from server.joining import join
 from server.observer import Silent
-from server.rounds import Federation, RunState, most_claims
+from server.rounds import Federation, most_claims
+from server.state import RunState
 from server.strategy import ServerStrategy
 from tests.apps.grids import read_rows, run_on
 from tests.support import save_checkpoint
@@ -123,8 +124,12 @@ def test_every_message_is_counted(make_config: MakeConfig) -> None:
 
 def test_half_precision_halves_the_payload(make_config: MakeConfig) -> None:
     full = run_inprocess(make_config(), client_evaluation=False).summary["bytes"]
-    half = run_inprocess(make_config(name="half", values="fp16"), client_evaluation=False).summary["bytes"]
-    assert half["up"] * 2 == full["up"]
+    config = make_config(name="half", up="fp16", down="fp16")
+    half = run_inprocess(config, client_evaluation=False).summary["bytes"]
+    assert (half["up"] * 2, half["kinds"]["train"]["down"]["payload_bytes"] * 2) == (
+        full["up"],
+        full["kinds"]["train"]["down"]["payload_bytes"],
+    )
 
 
 def test_client_evaluation_can_be_left_out(make_config: MakeConfig) -> None:

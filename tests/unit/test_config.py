@@ -104,7 +104,8 @@ settings = st.fixed_dictionaries(
         "seed": st.integers(0, 2**63 - 1),
         "density": st.floats(0, 1, exclude_min=True),
         "method": st.sampled_from(sorted(METHODS)),
-        "values": st.sampled_from(["fp32", "fp16"]),
+        "up": st.sampled_from(["fp32", "int4+ef", "topk:0.25+noef"]),
+        "down": st.sampled_from(["fp16", "int4+delta"]),
         "train": st.fixed_dictionaries(
             {}, optional={"lr": st.floats(1e-6, 10.0), "steps": st.none() | st.integers(1, 99)}
         ),

@@ -100,7 +100,10 @@ def test_specs() -> None:
     assert codec_for("int4+ef").name == "int4" and codec_for("int4+ef").keeps_state
     assert not codec_for("int4").keeps_state
     assert codec_for("sign+ef").keeps_state and codec_for("sign").keeps_state
-    with pytest.raises(UnknownCodec, match="'ef' after"):
+    assert not codec_for("topk:0.25+noef").keeps_state  # what it leaves out is lost, and that is meant
+    with pytest.raises(UnknownCodec, match="'ef' or 'noef' after"):
         codec_for("int4+delta")
+    with pytest.raises(UnknownCodec, match="only 'topk' goes without feedback; write 'sign'"):
+        codec_for("sign+noef")
     with pytest.raises(UnknownCodec, match="'int5'; the nearest is 'int"):
         codec_for("int5")

@@ -1,0 +1,110 @@
+"""Receiving and sending vectors: ``fedmask.channel``, with what a client keeps in Flower's ``context.state``.
+
+A SuperNode runs each message in a new process, so nothing else lives on; and where that state is lost (a
+restarted SuperNode) the client is told all again, and carries no residual.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+import fedmask._env  # noqa: F401  (before flwr is imported)
+from flwr.app import ArrayRecord, ConfigRecord, Context
+
+from fedmask.channel import Received, Residual, down_way, receive, up_codec
+from fedmask.codecs import encode_update
+from fedmask.flower import RecordError, bytes_record, record_bytes
+from fedmask.rng import rng_for
+from fedmask.workspace import Workspace
+
+# Two records: the received vector is the same for all clients that hold its version, and is stored as one.
+RECEIVED, RESIDUAL, NOTES = "received", "residual", "notes"
+_BEFORE, _AFTER = "before", "after"
+
+
+def received(
+    workspace: Workspace, context: Context, client: int, frame: bytes, version: int
+) -> np.ndarray:
+    """The server's vector of ``version``, float32 ``[n]``, remembered where later changes build on it.
+
+    Raises ``Behind`` when ``frame`` holds changes of a vector that this client does not have.
+    """
+    keeps = down_way(workspace.config.down).change
+    held = _held(workspace, context, client) if keeps else _nothing(workspace, client)
+    found = receive(frame, held, version, lambda at: workspace.down_terms(client, at))
+    if keeps:
+        context.state[RECEIVED] = bytes_record(found.vector.tobytes(), RECEIVED)
+        _note(context, {"version": version})
+    return found.vector
+
+
+def held_version(context: Context) -> int:
+    """The version of the received vector that is kept; 0, the pre-trained model, is known to all."""
+    if not isinstance(context.state.get(RECEIVED), ArrayRecord):
+        return 0
+    return _noted(context, "version")
+
+
+def packed_change(
+    workspace: Workspace, context: Context, client: int, round: int, change: np.ndarray
+) -> bytes:
+    """The envelope of a client's change, float32 ``[n]``; what error feedback carries on is remembered."""
+    codec, terms = up_codec(workspace.config.up), workspace.up_terms(client, round)
+    before = _residual(context, terms.digest, terms.layout.size, round) if codec.keeps_state else None
+    envelope, after = encode_update(
+        change,
+        terms.layout,
+        codec=codec,
+        digest=terms.digest,
+        round=round,
+        state=before,
+        generator=rng_for(workspace.config.seed, round, client, "codec"),
+    )
+    if codec.keeps_state and after is not None:
+        kept = Residual.of(round, before, after)
+        context.state[RESIDUAL] = ArrayRecord(
+            {
+                name: bytes_record(part, name)[name]
+                for name, part in ((_BEFORE, kept.before), (_AFTER, kept.after))
+            }
+        )
+        _note(context, {"round": round, "digest": terms.digest})
+    return envelope
+
+
+def _held(workspace: Workspace, context: Context, client: int) -> Received:
+    record = context.state.get(RECEIVED)
+    if not isinstance(record, ArrayRecord):
+        return _nothing(workspace, client)
+    values = np.frombuffer(record_bytes(record, RECEIVED), "<f4")
+    return Received(_noted(context, "version"), values)
+
+
+def _nothing(workspace: Workspace, client: int) -> Received:
+    return Received(0, np.zeros(workspace.down_terms(client, 0).layout.size, np.float32))
+
+
+def _residual(context: Context, digest: str, size: int, round: int) -> np.ndarray | None:
+    """The residual to begin with: none of another mask, whose entries are others."""
+    record, notes = context.state.get(RESIDUAL), context.state.get(NOTES)
+    if not isinstance(record, ArrayRecord) or not isinstance(notes, ConfigRecord):
+        return None
+    if notes.get("digest") != digest:
+        return None
+    before, after = (record_bytes(ArrayRecord({name: record[name]}), name) for name in (_BEFORE, _AFTER))
+    found = Residual(_noted(context, "round"), before, after).at_start_of(round)
+    return found if found is None or found.size == size else None
+
+
+def _note(context: Context, more: dict[str, int | str]) -> None:
+    notes = context.state.get(NOTES)
+    kept = dict(notes) if isinstance(notes, ConfigRecord) else {}
+    context.state[NOTES] = ConfigRecord({**kept, **more})
+
+
+def _noted(context: Context, key: str) -> int:
+    notes = context.state.get(NOTES)
+    found = notes.get(key) if isinstance(notes, ConfigRecord) else None
+    if not isinstance(found, int):
+        raise RecordError(f"this client's state: expected a whole number as {key!r}, found {found!r}")
+    return found
