@@ -17,6 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Context, Mes
 from flwr.clientapp import ClientApp
 
 from clients.link import held_version, packed_change, received
+from clients.specific import own_scores
 from fedmask.channel import Behind
 from fedmask.codecs import unpack_indices
 from fedmask.config import RunConfig
@@ -36,7 +37,7 @@ from fedmask.flower import (
     record_bytes,
     reply_content,
 )
-from fedmask.masks import Recipe
+from fedmask.masks import Recipe, mask_size
 from fedmask.precision import PRECISIONS, Precision
 from fedmask.workspace import Workspace, get_workspace
 
@@ -90,6 +91,12 @@ def make_client_app(
         context.state[MASK] = bytes_record(data, MASK)
         context.state[CONFIG] = ConfigRecord({MASK: workspace.digest})
         return Message(_confirmation(workspace, partition, "ok"), reply_to=message)
+
+    @app.query("scores")
+    def scores(message: Message, context: Context) -> Message:
+        workspace, partition = enter(context)
+        kind = str(_one(message.content, CONFIG, ConfigRecord).get("kind"))
+        return Message(own_scores(workspace, partition, kind), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -156,10 +163,10 @@ def _confirmation(workspace: Workspace, partition: int, status: str, reason: str
 
 def _receive_mask(workspace: Workspace, data: bytes) -> None:
     """Take over a packed mask."""
-    if workspace.mask is None:
+    if workspace.rule is None:
         raise CheckpointError(f"method {workspace.config.method!r} has no mask to replace")
-    space = workspace.mask.space
-    workspace.use_mask(unpack_indices(data, space.size, count=workspace.mask.k))
+    count = mask_size(workspace.rule.density, workspace.space.eligible_size)
+    workspace.use_mask(unpack_indices(data, workspace.space.size, count=count))
 
 
 def _keep_precision(context: Context, config: RunConfig, content: RecordDict) -> None:

@@ -10,14 +10,15 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
 
 from fedmask.channel.ways import down_way, up_codec
+from fedmask.config_errors import one_line as _one_line
+from fedmask.config_errors import short as _short
 from fedmask.errors import ConfigError, unknown
-from fedmask.methods import METHODS, check_federated
+from fedmask.methods import METHODS, check_federated, check_masks
 
 # Strict: a TOML string "8" or the value true is no number, and saying so beats guessing.
 Whole = Annotated[int, Field(strict=True)]
@@ -73,18 +74,14 @@ class PartitionConfig(_Settings):
         return self
 
 
-class TaskConfig(_Settings):
-    """One task: a bundled one (``source`` empty), a local file, or a hub data set, and its clients."""
+class _SourceConfig(_Settings):
+    """Where labelled rows come from: a bundled task (``source`` empty), a local file, or a hub data set."""
 
     name: Name
     source: str = ""
     text: tuple[str, ...] = Field(default=(), max_length=2)
     label: str = ""
     metric: Metric = "accuracy"
-    clients: Whole = Field(ge=1)
-    dev: str = ""
-    test: str = ""
-    partition: PartitionConfig | None = None
 
     @field_validator("text", mode="before")
     @classmethod
@@ -92,10 +89,19 @@ class TaskConfig(_Settings):
         return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _own_data_needs_columns(self) -> TaskConfig:
+    def _own_data_needs_columns(self) -> Self:
         if self.source and not (self.text and self.label):
             raise ConfigError(f"task {self.name!r} has a source, so it needs its text and label columns")
         return self
+
+
+class TaskConfig(_SourceConfig):
+    """One task, and its clients."""
+
+    clients: Whole = Field(ge=1)
+    dev: str = ""
+    test: str = ""
+    partition: PartitionConfig | None = None
 
     @property
     def is_local(self) -> bool:
@@ -109,6 +115,17 @@ class TaskConfig(_Settings):
             or "\\" in self.source
             or ("/" in self.source and path.parent.is_dir())
         )
+
+
+class PublicConfig(_SourceConfig):
+    """At most ``rows`` rows of the server's own, of a task that no client has: for placement ``server``."""
+
+    rows: Whole = Field(default=1024, ge=1)
+
+    @property
+    def task(self) -> TaskConfig:
+        """The same as a task."""
+        return TaskConfig(**self.model_dump(exclude={"rows"}), clients=1)
 
 
 class AdapterConfig(_Settings):
@@ -178,6 +195,9 @@ class RunConfig(_Settings):
     density: Real = Field(default=0.005, gt=0, le=1)
     eligible: Literal["linear", "linear+embeddings", "all"] = "linear"
     per_tensor: bool = False
+    placement: Literal["agreed", "server"] = "agreed"
+    agree_by: Literal["scores", "votes"] = "scores"
+    public: PublicConfig | None = None
     mask_transport: Literal["recipe", "packed"] = "recipe"
     up: str = "fp32"
     down: str = "fp32"
@@ -218,6 +238,7 @@ class RunConfig(_Settings):
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
         check_federated(METHODS[self.method], self.adapter)
+        check_masks(self)
         names = [task.name for task in self.tasks]
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
@@ -273,76 +294,3 @@ def load_config(path: str | Path) -> RunConfig:
         return from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"config file {path}: {error}") from None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _where(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    """``('tasks', 0)`` as ``tasks[0]``; the tags that pydantic adds for unions are left out."""
-    keys = list(location[:2]) if location and location[0] in model.model_fields else list(location[:1])
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
-
-
-def _expected(model: type[BaseModel], key: object) -> str:
-    """The bounds of a field in words (``a number greater than 0 and at most 1``), or nothing."""
-    field = model.model_fields.get(str(key))
-    limits = {name: getattr(rule, name) for rule in (field.metadata if field else ()) for name in _BOUNDS
-              if getattr(rule, name, None) is not None}  # fmt: skip
-    words = " and ".join(f"{_BOUNDS[name]} {limit}" for name, limit in limits.items())
-    return f"expected a number {words}" if words else ""
-
-
-def _remedy(model: type[BaseModel], key: object) -> str:
-    """What to give instead of a wrong number: the default where there is one."""
-    field = model.model_fields.get(str(key))
-    if field is None:
-        return ""
-    default = field.get_default(call_default_factory=False)
-    if isinstance(default, int | float) and not isinstance(default, bool):
-        return f"; give such a number (the default is {default})"
-    return "; give such a number" + (" or leave it out" if not field.is_required() else "")
-
-
-_BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
-_NUMBER_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
-
-
-def _one_line(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    """One error of pydantic as ``key: what was expected, found what``."""
-    where, found, inner = _where(detail["loc"], model), detail["input"], detail.get("ctx", {}).get("error")
-    if isinstance(inner, ConfigError):  # from a nested model or a validator: it says what is wrong itself
-        joint = "" if not where else "." if _starts_with_key(str(inner)) else ": "
-        return f"{where}{joint}{inner}"
-    if detail["type"] == "extra_forbidden":
-        return unknown("key", where, model.model_fields)
-    if detail["type"] == "missing":
-        return f"{where}: missing, and it has no default"
-    key = detail["loc"][0] if detail["loc"] else ""
-    annotation = model.model_fields[str(key)].annotation if key in model.model_fields else None
-    if get_origin(annotation) is Literal and isinstance(found, str):
-        return f"{where}: {unknown('value', found, get_args(annotation))}"
-    if detail["type"] == "string_pattern_mismatch":
-        said = "expected letters, digits, '.', '_' or '-', the first a letter or digit"
-    elif detail["type"] in _NUMBER_ERRORS:
-        said = _expected(model, key) or detail["msg"]
-    elif str(key) == "options":  # numbers of two kinds: pydantic names only one of them
-        return (
-            f"{where}: expected a number, found {_short(found)}; give one, as in {where.split('.')[-1]}=0.1"
-        )
-    else:
-        said = (
-            detail["msg"]
-            .removeprefix("Input ")
-            .removeprefix("Value error, ")
-            .replace(" after validation", "")
-        )
-    remedy = _remedy(model, key) if detail["type"] in _NUMBER_ERRORS else ""
-    return f"{where}: {said}, found {_short(found)}{remedy}"
-
-
-def _starts_with_key(message: str) -> bool:
-    head = message.split(":", 1)[0]
-    return ":" in message and " " not in head

@@ -29,6 +29,7 @@ MASK = "mask"
 RECIPE = "recipe"
 HELD = "held"
 PRECISION = "precision"
+SECONDS = "seconds"
 MAX_METRICS = 9
 EXAMPLES = "num-examples"
 HELD_OUT = "held-out"
@@ -40,6 +41,7 @@ _MOST_LOSS = float(np.finfo(np.float32).max)
 
 QUERY_JOIN = "query.join"
 QUERY_MASK = "query.mask"
+QUERY_SCORES = "query.scores"
 TRAIN = "train"
 EVALUATE = "evaluate"
 

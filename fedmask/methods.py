@@ -10,7 +10,7 @@ from fedmask.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from fedmask.config import AdapterConfig
+    from fedmask.config import AdapterConfig, RunConfig
     from fedmask.masks import Mask
     from fedmask.trainables import Trainable
 
@@ -44,7 +44,12 @@ _ALL = (
     Method("full", "full fine-tuning of the backbone", "FedAvg, arXiv 1602.05629", backbone=True),
     Method("head", "the task head alone", "linear probing"),
 )
-METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+_SPECIFIC = (
+    Method("gradient", "a mask of largest gradients", "SIFT, arXiv 2312.11875", "gradient"),
+)
+METHODS: dict[str, Method] = {method.name: method for method in (*_ALL, *_SPECIFIC)}
+TASK_SPECIFIC = frozenset(method.name for method in _SPECIFIC)
+"""Methods whose mask comes from labelled rows: it has to be found, agreed on and sent (``placement``)."""
 
 
 def check_federated(method: Method, adapter: AdapterConfig) -> None:
@@ -55,6 +60,21 @@ def check_federated(method: Method, adapter: AdapterConfig) -> None:
             "feed-forward matrices and cannot be sent each round; use method 'pafi+hiwi', which restricts "
             "it to the mask's entries, or fedmask.weight_adapters for local tuning and export"
         )
+
+
+def check_masks(config: RunConfig) -> None:
+    """ConfigError for a mask that cannot be placed as ``config`` asks."""
+    if config.method in TASK_SPECIFIC and config.placement == "server":
+        if config.public is None:
+            raise ConfigError(
+                "placement 'server': missing the table 'public' with rows of the server's own; give one, or"
+                " placement 'agreed'"
+            )
+        public = config.public.name, config.public.source
+        if any(public == (task.name, task.source) for task in config.tasks):
+            raise ConfigError(
+                f"public: {config.public.name!r} is a task whose rows the clients hold; give another one"
+            )
 
 
 def backbone_trainables(

@@ -19,6 +19,7 @@ from fedmask.config import RunConfig, ScoreConfig
 from fedmask.errors import ConfigError, unknown
 from fedmask.layout import HEAD_PREFIX, Layout
 from fedmask.masks import (
+    RULES,
     Evidence,
     Mask,
     Recipe,
@@ -31,10 +32,11 @@ from fedmask.masks import (
 from fedmask.methods import METHODS, backbone_trainables
 from fedmask.models import Backbone, MeanHead, OwnHead, head_parameters, load_backbone, task_model
 from fedmask.precision import PRECISIONS, Precision, cast
+from fedmask.rng import rng_for
 from fedmask.run_data import RunData
 from fedmask.space import ParameterSpace, backbone_parameters, checkpoint_digest, parameter_space
 from fedmask.stored import is_half
-from fedmask.tasks import Tokenized, tokenize_rows
+from fedmask.tasks import TaskData, Tokenized, load_task, tokenize_rows
 from fedmask.trainables import CarriedEntries, DenseTensors
 from fedmask.training import LocalUpdate, Stream, evaluate, local_update, tuned
 from fedmask.tuner import attach, detach, tuning_of
@@ -132,11 +134,15 @@ class Workspace(RunData):
 
     @cached_property
     def _derived(self) -> Mask | None:
-        return derive_mask(self.backbone.model, self.rule) if self.rule is not None else None
+        found = self.rule is not None and self.rule.name in RULES
+        return derive_mask(self.backbone.model, self.rule) if found and self.rule else None
 
     @property
     def mask(self) -> Mask | None:
-        """The mask in use: the one that was handed in, else the one derived from the checkpoint."""
+        """The mask in use: the one that was handed in, else the one derived from the checkpoint.
+
+        None without a mask, and as long as one that comes from labelled rows has not been agreed on.
+        """
         return self._given or self._derived
 
     @cached_property
@@ -171,6 +177,11 @@ class Workspace(RunData):
             return
         self._forget_models()
         self._given = given
+
+    def forget_mask(self) -> None:
+        """Go back to the mask derived from the checkpoint, or to none."""
+        self._forget_models()
+        self._given = None
 
     def model(self, task: str, view: View | None = None) -> MeanHead | OwnHead:
         """The task's model with the method's trainables and its head attached, at the reference.
@@ -208,11 +219,18 @@ class Workspace(RunData):
         return Mask(np.empty(0, np.int64), self.space, rule)
 
     def _new_model(self, task: str) -> MeanHead | OwnHead:
+        return self._fresh_model(self.data(task))
+
+    def _fresh_model(self, data: TaskData) -> MeanHead | OwnHead:
         _ = self.precision  # an error before anything is built
-        data, config = self.data(task), self.config
-        outputs = len(data.labels) if data.kind == "classification" else 1
+        config, outputs = self.config, len(data.labels) if data.kind == "classification" else 1
         return task_model(
-            self.backbone, task, outputs, head=config.head, seed=config.seed, dropout=config.train.dropout
+            self.backbone,
+            data.name,
+            outputs,
+            head=config.head,
+            seed=config.seed,
+            dropout=config.train.dropout,
         )
 
     def layout(self, task: str, view: View | None = None) -> Layout:
@@ -264,6 +282,18 @@ class Workspace(RunData):
         model = self._new_model(shard.task)  # not tuned: a tuned layer makes no dense gradient
         evidence = Evidence(shard.train, self.backbone.pad_id, self.config.train, self.config.seed, partition)
         return score_entries(name, model, self.space, evidence, settings or self.config.scores)
+
+    def public_scores(self) -> Scores:
+        """The scores of the method's rule on rows of the server's own (``public``)."""
+        settings, rule = self.config.public, self.rule
+        if settings is None or rule is None:
+            raise ConfigError("public: expected rows of the server's own and a mask to find, found none")
+        data = load_task(settings.task)
+        model = self._fresh_model(data)
+        drawn = rng_for(self.config.seed, -1, -1, "public-rows").permutation(len(data.train))[: settings.rows]
+        rows = self._tokenize(data.train, np.sort(drawn))
+        evidence = Evidence(rows, self.backbone.pad_id, self.config.train, self.config.seed)
+        return score_entries(rule.name, model, self.space, evidence, self.config.scores)
 
     def evaluate(
         self, task: str, vector: np.ndarray, data: Tokenized, view: View | None = None

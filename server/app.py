@@ -19,6 +19,7 @@ from fedmask.flower import config_of
 from fedmask.ledger import Ledger
 from fedmask.settle import settle_precision
 from fedmask.workspace import get_workspace
+from server.agree import distribute, find_mask, keep_mask, kept_mask, needs_agreement
 from server.evaluation import central_scores
 from server.facts import run_record
 from server.joining import join
@@ -107,22 +108,33 @@ def run_server(
     strategy = make_strategy(config.server)
     workspace = get_workspace(config)
     measured = point.settle_precision(workspace) if point else settle_precision(workspace)
+    ledger, roster, search = Ledger(), None, point.record.get("mask_search", {}) if point else {}
+    observer.on_start(folder.path, config.rounds, config.clients)
+    observer.on_round_start(point.state.round if point else 0, ())
+    if point and needs_agreement(workspace):
+        kept_mask(workspace, folder.path)
+    elif needs_agreement(workspace):  # before it is found, nobody knows how long the run's vectors are
+        workspace.forget_mask()
+        roster = join(grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply)
+        search = find_mask(grid, workspace, roster, ledger, observer.on_reply)
     state = point.state if point else RunState.start(workspace)
     strategy.check(config.server.clients_per_round or config.clients, state.shared.size)
-    record = run_record(workspace, engine, measured)
+    record = run_record(workspace, engine, measured) | {"mask_search": search}
     if point:
         point.check(record)
         strategy.load_state(point.strategy)
-    observer.on_start(folder.path, config.rounds, config.clients)
-    observer.on_round_start(state.round, ())
     # Scored before joining: worker processes and nodes load their models meanwhile.
     dev = {} if point else central_scores(workspace, state.shared, state.heads, "dev", config.eval_rows)
-    ledger = Ledger()
-    roster = join(grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply)
+    if roster is None:
+        roster = join(grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply)
+    else:
+        distribute(grid, workspace, roster, ledger)
     if point:
         ledger = point.go_on(folder.path, record, ledger)
     else:
         folder.create(record)
+        if needs_agreement(workspace):
+            keep_mask(workspace, folder.path)
     record = {}  # thousands of clients' label counts, which are in the file
     try:
         state.confirm(roster.held)
@@ -138,7 +150,7 @@ def run_server(
             state, row = federation.train_round(state)
             rows.append(row)
             _end_round(federation, state, row, folder)
-        summary = _finish(federation, state, rows, folder, began - earlier, client_evaluation)
+        summary = _finish(federation, state, rows, folder, began - earlier, client_evaluation, search)
     finally:
         folder.save_ledger(ledger)  # also of a run that failed: it says who and in which round
     observer.on_end(summary)
@@ -161,6 +173,7 @@ def _finish(
     folder: RunFolder,
     began: float,
     client_evaluation: bool,
+    search: dict[str, Any],
 ) -> dict[str, Any]:
     """Delta and summary of a run whose rounds are done. What only describes the run cannot lose it."""
     workspace, ledger = federation.workspace, federation.ledger
@@ -179,6 +192,7 @@ def _finish(
         "bytes": _totals(ledger),
         "steps": sum(row["steps"] for row in rows),
         "seconds": time.monotonic() - began,
+        "mask_search": search,
         "costs": costs(workspace, schedule),
         "overlap": {},
         "notes": [],

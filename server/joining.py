@@ -17,6 +17,7 @@ from fedmask.codecs import pack_indices
 from fedmask.errors import EnvelopeError, FederationError
 from fedmask.flower import ARRAYS, CONFIG, MASK, PRECISION, QUERY_JOIN, QUERY_MASK, RECIPE, bytes_record
 from fedmask.ledger import Ledger
+from fedmask.methods import TASK_SPECIFIC
 from fedmask.workspace import Workspace
 from server.exchange import Answer, Request, enter, exchange
 from server.replies import Joined, read_join
@@ -75,7 +76,7 @@ def join(
     checkpoint, when two nodes claim one partition, or when fewer than ``server.min_replies`` are left.
     """
     config = workspace.config
-    recipe = workspace.recipe()
+    recipe = workspace.recipe() if config.method not in TASK_SPECIFIC else None
     offered = {RECIPE: recipe.to_json() if recipe else "", PRECISION: workspace.precision}
     offer = RecordDict({CONFIG: ConfigRecord(offered)})  # type: ignore[arg-type]
     nodes = wait_for_nodes(grid, config.clients, node_timeout)
@@ -91,7 +92,7 @@ def join(
     enter(ledger, 0, "mask", answers)
     _refuse_gaps(config.clients, answers, roster)
     if needing:
-        _send_mask(grid, workspace, ledger, roster, needing)
+        send_mask(grid, workspace, ledger, roster, needing)
     if len(roster.nodes) < config.server.min_replies:
         reasons = "; ".join(f"client {one['client']}: {one['reason']}" for one in roster.failed[:5])
         raise FederationError(
@@ -132,7 +133,9 @@ def _seat(workspace: Workspace, answers: list[Answer], roster: Roster) -> list[i
         roster.nodes[said.partition] = answer.request.node
         roster.held[said.partition] = said.held
         if workspace.mask is not None and (
-            workspace.config.mask_transport == "packed" or said.digest != workspace.digest
+            workspace.config.mask_transport == "packed"
+            or said.digest != workspace.digest
+            or workspace.config.method in TASK_SPECIFIC  # found in an earlier process of this run
         ):
             needing.append(said.partition)
     return needing
@@ -148,7 +151,8 @@ def _refuse_gaps(wanted: int, answers: list[Answer], roster: Roster) -> None:
         )
 
 
-def _send_mask(grid: Grid, workspace: Workspace, ledger: Ledger, roster: Roster, clients: list[int]) -> None:
+def send_mask(grid: Grid, workspace: Workspace, ledger: Ledger, roster: Roster, clients: list[int]) -> None:
+    """Send the packed mask to some partitions; who does not confirm it leaves the roster."""
     mask = workspace.mask
     if mask is None:
         return

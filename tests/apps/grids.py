@@ -72,8 +72,9 @@ def run_on(grid: InProcessGrid, **changes: Any) -> RunResult:
         "existing": "overwrite",
         "client_evaluation": False,
         "node_timeout": 5.0,
+        "observer": Silent(),
     }
-    return run_server(grid, grid.config, Silent(), **(settings | changes))
+    return run_server(grid, grid.config, **(settings | changes))
 
 
 def read_rows(folder: Path, name: str) -> list[dict[str, Any]]:
