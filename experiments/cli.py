@@ -224,6 +224,38 @@ def compare(
     )  # fmt: skip
 
 
+@app.command()
+def overlap(
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file, or a run's config.json (none: the demo's settings).")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="As in fedmask run. Repeatable.")] = None,
+    rule: Annotated[
+        str, typer.Option(help="How each client chooses its mask: gradient, fish, ...")
+    ] = "gradient",
+    density: Annotated[float | None, typer.Option(help="Share of eligible entries, in (0, 1].")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Dirichlet concentration: small is more skewed.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting as dotted.key=value. Repeatable.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the figures and of overlap.json.")] = Path(
+        "runs/overlap"
+    ),
+    json: Json = False,
+) -> None:
+    """Show how far task-specific masks of the clients overlap, and what their union costs."""
+    from experiments.options import build_config
+
+    given = {"density": density, "alpha": alpha, "seed": seed}
+    settings = build_config(config, given, task or (), (), set_ or ())
+    from experiments.overlap import show_overlap
+
+    show_overlap(settings, rule, out, as_json=json)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what a user got wrong becomes one line on stderr and exit code 2."""
     try:
