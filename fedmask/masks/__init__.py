@@ -14,7 +14,11 @@ from torch import nn
 from fedmask.config import ScoreConfig
 from fedmask.errors import ConfigError, DataError, expect, unknown
 from fedmask.masks.base import Mask, Recipe, Rule, mask_from_indices, mask_size
+from fedmask.masks.budgets import density_of, fish_entries, lt_sft_eligible
+from fedmask.masks.diff_pruning import diff_pruning
+from fedmask.masks.fisher import fish
 from fedmask.masks.gradient import gradient, gradient_mask
+from fedmask.masks.lottery import lottery
 from fedmask.masks.magnitude import largest, magnitude
 from fedmask.masks.random import random, random_matched
 from fedmask.masks.scores import Evidence, Scorer, Scores
@@ -28,6 +32,9 @@ RULES: dict[str, Callable[[nn.Module, Rule], Mask]] = {
     "random-matched": random_matched,
 }
 SCORERS: dict[str, Scorer] = {
+    "fish": fish,
+    "lt-sft": lottery,
+    "diff-pruning": diff_pruning,
     "gradient": gradient,
 }
 
@@ -85,10 +92,16 @@ __all__ = [
     "Scores",
     "agree_by_scores",
     "agree_by_votes",
+    "density_of",
     "derive_mask",
+    "diff_pruning",
+    "fish",
+    "fish_entries",
     "gradient",
     "gradient_mask",
     "largest",
+    "lottery",
+    "lt_sft_eligible",
     "magnitude",
     "magnitude_mask",
     "mask_from_indices",

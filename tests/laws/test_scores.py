@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -18,6 +19,9 @@ from fedmask.masks import (
     Scores,
     agree_by_scores,
     agree_by_votes,
+    density_of,
+    fish_entries,
+    lt_sft_eligible,
     magnitude_mask,
     mask_size,
     pack_top_scores,
@@ -25,12 +29,14 @@ from fedmask.masks import (
     random_matched,
     score_entries,
 )
+from fedmask.masks.budgets import LT_SFT_ENTRIES
+from fedmask.masks.fisher import _layers, _parts, _runs_once
 from fedmask.masks.votes import unpack_top_scores, unpack_votes
-from fedmask.rng import rng_for
+from fedmask.rng import rng_for, seed_for
 from fedmask.space import ParameterSpace, backbone_parameters, parameter_space
-from fedmask.tasks import batches
+from fedmask.tasks import batches, collate
 from fedmask.training import batch_loss
-from tests.support import ARCHITECTURES, make_model, random_state_untouched, state_bits, tokens
+from tests.support import ARCHITECTURES, fill, make_model, random_state_untouched, state_bits, tokens
 
 PLAN = TrainConfig(batch_size=4)
 
@@ -139,6 +145,189 @@ def test_random_matched_has_the_smallest_ones_counts(architecture: str, eligible
         model, Rule(rule.name, 0.02, eligible)
     )
     assert np.intersect1d(mask.indices, pafi.indices).size < 0.2 * mask.k
+
+
+def by_hand(model: nn.Module, space: ParameterSpace, given: Evidence, rows: list[int]) -> np.ndarray:
+    """FISH as published: one row at a time, all of the model's gradients, squares summed."""
+    total = np.zeros(space.size)
+    named = backbone_parameters(model)
+    for row in rows:
+        model.zero_grad()
+        batch_loss(model, given.data, np.array([row]), 0).backward()
+        total += np.concatenate([_gradient(named[n]).reshape(-1).double().numpy() ** 2 for n in space.names])
+    model.zero_grad()
+    return total
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "t5"])
+def test_fisher_scores_are_those_of_one_row_at_a_time(architecture: str) -> None:
+    model, given = Labelled(architecture), evidence(rows=9)
+    space = parameter_space(model)
+    layers = _layers(model, space)
+    assert layers is not None
+    fast = _runs_once(layers, lambda rows: batch_loss(model, given.data, rows, 0))
+    assert fast is (architecture != "opt")  # which folds rows and tokens into one dimension
+    before = state_bits(model)
+    with random_state_untouched():
+        scores = score_entries("fish", model, space, given, ScoreConfig())
+    assert state_bits(model) == before and all(p.grad is None for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    wanted = by_hand(model, space, given, list(range(9)))
+    np.testing.assert_allclose(flat(scores), wanted, rtol=2e-3, atol=1e-6 * wanted.max())
+    mask, reference = scores.mask(Rule("fish", 0.01)).indices, top(wanted, space, 0.01)
+    assert np.isin(mask, reference).mean() > 0.99  # rounding may swap the last
+
+
+def test_fisher_of_all_parameters_and_of_a_sample() -> None:
+    model, given = Labelled("roberta"), evidence(rows=9)
+    space = parameter_space(model, "all")
+    scores = score_entries("fish", model, space, given, ScoreConfig(samples=4))
+    drawn = sorted(rng_for(7, -1, 0, "fisher").permutation(9)[:4].tolist())
+    np.testing.assert_allclose(flat(scores), by_hand(model, space, given, drawn), rtol=1e-4, atol=1e-9)
+    everyone = evidence(rows=9, client=1)
+    other = score_entries("fish", model, space, everyone, ScoreConfig(samples=4))
+    assert not np.allclose(flat(other), flat(scores))
+
+
+class Twice(nn.Module):
+    """A block that runs twice (as ALBERT's): a row's gradient is a sum of two parts, squared once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(67, 6)
+        self.blocks = nn.ModuleList([nn.Linear(6, 6)])
+        self.head = nn.Linear(6, 3)
+        fill(self, 4)
+
+    @property
+    def base_model(self) -> nn.Module:
+        return nn.ModuleDict({"blocks": self.blocks})
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        for _ in range(2):
+            x = x + torch.tanh(self.blocks[0](x))
+        weight = attention_mask[..., None]
+        out: torch.Tensor = self.head((x * weight).sum(1) / weight.sum(1))
+        return out
+
+
+def test_fisher_of_layers_that_run_twice() -> None:
+    model, given = Twice(), evidence(rows=5)
+    space = parameter_space(model)
+    scores = score_entries("fish", model, space, given, ScoreConfig())
+    np.testing.assert_allclose(flat(scores), by_hand(model, space, given, list(range(5))), rtol=1e-4)
+
+
+def test_fisher_in_batches_of_few_tokens_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = Labelled(), evidence(rows=9)
+    space = parameter_space(model)
+    whole = flat(score_entries("fish", model, space, given, ScoreConfig()))
+    monkeypatch.setattr("fedmask.masks.fisher._TOKENS", 17)
+    parts = list(_parts(given.data))
+    assert sorted(np.concatenate(parts)) == list(range(9)) and len(parts) > 4
+    np.testing.assert_allclose(
+        flat(score_entries("fish", model, space, given, ScoreConfig())),
+        whole,
+        rtol=1e-3,
+        atol=1e-6 * whole.max(),
+    )
+
+
+STEPS = ScoreConfig(steps=5, lr=3e-3, gate_lr=0.5, penalty=1e-3)
+
+
+@pytest.mark.parametrize("eligible", ["linear", "all"])
+def test_lottery_scores_are_the_changes_of_full_fine_tuning(eligible: Any) -> None:
+    model, given = Labelled(), evidence(rows=10)
+    space = parameter_space(model, eligible)
+    before = state_bits(model)
+    with random_state_untouched():
+        scores = score_entries("lt-sft", model, space, given, STEPS)
+    assert state_bits(model) == before and "fedmask" not in model._modules  # rewound
+    dense = copy.deepcopy(model)
+    trained = [p for n, p in dense.named_parameters() if "pooler" not in n or "model.bert.pooler" in n]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3, weight_decay=0.0)
+    order = rng_for(7, -1, 0, "batches")
+    rows = batches(given.data, 4, order) + batches(given.data, 4, order)
+    for part in rows[:5]:
+        optimizer.zero_grad()
+        batch_loss(dense, given.data, part, 0).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    new, old = backbone_parameters(dense), backbone_parameters(model)
+    moved = torch.cat([(new[n] - old[n]).detach().abs().reshape(-1) for n in space.names])
+    np.testing.assert_allclose(flat(scores), moved, rtol=0.02, atol=2e-5)
+    mask = scores.mask(Rule("lt-sft", 0.02, eligible)).indices
+    assert np.isin(mask, top(moved.numpy(), space, 0.02)).mean() > 0.97
+
+
+def test_diff_pruning_scores_are_those_of_a_plain_loop() -> None:
+    """The paper's formulas, tensor by tensor, with the same numbers drawn."""
+    model, given = Labelled(), evidence(rows=10)
+    space = parameter_space(model)
+    before = state_bits(model)
+    with random_state_untouched():
+        scores = score_entries("diff-pruning", model, space, given, STEPS)
+    assert state_bits(model) == before and "fedmask" not in model._modules
+    frozen = copy.deepcopy(model)
+    base = {n: p.detach().clone() for n, p in frozen.named_parameters()}
+    prefix = "model.bert."
+    names = [prefix + n for n in space.names]
+    w = {n: torch.zeros_like(base[n], requires_grad=True) for n in names}
+    alpha = {n: torch.full_like(base[n], 5.0).requires_grad_() for n in names}
+    whole = torch.full((len(names),), 5.0, requires_grad=True)
+    head = {n: base[n].clone().requires_grad_() for n in base if not n.startswith(prefix) or "pooler" in n}
+    changes = [*w.values(), *head.values()]
+    optimizer = torch.optim.AdamW(
+        [{"params": changes, "lr": 3e-3}, {"params": [*alpha.values(), whole], "lr": 0.5}], weight_decay=0.0
+    )
+
+    def gate(a: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        u = u.clamp(1e-6, 1 - 1e-6)
+        return torch.clamp(torch.sigmoid(torch.log(u) - torch.log(1 - u) + a) * 3 - 1.5, 0, 1)
+
+    order = rng_for(7, -1, 0, "batches")
+    rows = batches(given.data, 4, order) + batches(given.data, 4, order)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(7, -1, 0, "gates"))
+        for part in rows[:5]:
+            optimizer.zero_grad()
+            z = gate(whole, torch.rand(len(names)))
+            now = {n: w[n] * z[i] * gate(alpha[n], torch.rand(alpha[n].numel()).view_as(w[n]))
+                   for i, n in enumerate(names)}  # fmt: skip
+            weights = base | head | {n: base[n] + now[n] for n in names}
+            inputs = collate(given.data, part, 0)
+            labels = inputs.pop("labels")
+            loss = nn.functional.cross_entropy(
+                torch.func.functional_call(frozen, weights, (), inputs), labels
+            )
+            opened = sum(
+                (torch.sigmoid(alpha[n]) * torch.sigmoid(whole[i])).sum() for i, n in enumerate(names)
+            )
+            (loss + 1e-3 * opened).backward()
+            nn.utils.clip_grad_norm_(changes, 1.0)
+            optimizer.step()
+    half = torch.tensor(0.5)
+    final = [w[n] * gate(alpha[n], half) * gate(whole, half)[i] for i, n in enumerate(names)]
+    wanted = torch.cat([t.detach().abs().reshape(-1) for t in final]).numpy()
+    assert 0 < np.count_nonzero(wanted > 1e-6) < wanted.size, "gates have begun to close"
+    np.testing.assert_allclose(flat(scores), wanted, rtol=0.02, atol=2e-5)
+
+
+def test_gates_that_cost_more_close() -> None:
+    """A dear gate closes and takes its entry's score to exactly zero; a free one stays open."""
+    model, given = Labelled(), evidence(rows=10)
+    space = parameter_space(model)
+    closed = []
+    for penalty in (0.0, 1.0):
+        settings = ScoreConfig(steps=6, lr=1e-3, gate_lr=2.5, penalty=penalty)
+        closed.append(np.mean(flat(score_entries("diff-pruning", model, space, given, settings)) == 0))
+    assert closed[0] < 0.2 and closed[1] > 0.9
 
 
 # One mask from many ----------------------------------------------------------------------------
@@ -253,3 +442,54 @@ def test_bad_bytes_are_refused(space: ParameterSpace) -> None:
             assert re.search(r"expected|found|fit", str(error))
         else:  # a changed score, or another sound set of indices
             assert np.all(np.diff(indices) > 0) and np.all(np.isfinite(values))
+
+
+# How others count --------------------------------------------------------------------------------
+
+
+def roberta(size: str) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification, RobertaConfig
+
+    wide = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    }
+    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1,
+                           **(wide if size == "large" else {}))  # fmt: skip
+    with torch.device("meta"):
+        found: nn.Module = AutoModelForSequenceClassification.from_config(config)
+    return found
+
+
+def test_fish_charges_the_head_to_its_budget() -> None:
+    large, base = roberta("large"), roberta("base")
+    assert fish_entries(large) == 725_158
+    assert fish_entries(base) == 31_105
+    with pytest.raises(ConfigError, match=r"fish: ratio 0.001 of 124647170 .* head alone has 592130; give a"):
+        fish_entries(base, 0.001)
+
+
+def test_lt_sft_masks_have_the_published_sizes() -> None:
+    from transformers import AutoModel, BertConfig, XLMRobertaConfig
+
+    layers = 12 * (4 * (768 * 768 + 768) + 2 * 768 * 3072 + 3840)  # beside their two LayerNorms
+    eligible = {  # vocabulary, positions and token types
+        "xlm-roberta-base": (250002 + 514 + 1) * 768 + layers,
+        "bert-base-multilingual-cased": (119547 + 512 + 2) * 768 + layers,
+    }
+    with torch.device("meta"):
+        models = {
+            "xlm-roberta-base": AutoModel.from_config(
+                XLMRobertaConfig(vocab_size=250002, max_position_embeddings=514, type_vocab_size=1)
+            ),
+            "bert-base-multilingual-cased": AutoModel.from_config(BertConfig(vocab_size=119547)),
+        }
+    assert LT_SFT_ENTRIES == {"xlm-roberta-base": 14_155_776, "bert-base-multilingual-cased": 7_667_712}
+    for name, model in models.items():
+        size = lt_sft_eligible(model)
+        assert size == eligible[name]
+        assert mask_size(density_of(LT_SFT_ENTRIES[name], size), size) == LT_SFT_ENTRIES[name]
+    with pytest.raises(ConfigError, match="mask of 9 entries: expected 1 to 8"):
+        density_of(9, 8)

@@ -1,0 +1,80 @@
+"""The task-specific rules on the model of four weights of ``test_six_parameters``, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedmask.config import ScoreConfig
+from fedmask.masks import Evidence, Rule, Scores, agree_by_scores, agree_by_votes, pack_top_scores, pack_votes
+from fedmask.masks import score_entries as score
+from fedmask.space import ParameterSpace, parameter_space
+from tests.golden.test_six_parameters import ONE, PLAN, Six
+
+# Of test_six_parameters: d loss / d y of each row alone is 2 (y - t) = 0.8 and 2.0, v = (1.0, 0.5).
+# Row (1, 2): d / d W = 0.8 (v0 x, v1 x) = ((0.8, 1.6), (0.4, 0.8))
+# Row (2, 1): d / d W = 2.0 (v0 x, v1 x) = ((4.0, 2.0), (2.0, 1.0))
+FISHER = [0.64 + 16.0, 2.56 + 4.0, 0.16 + 4.0, 0.64 + 1.0]
+MEAN = [2.4, 1.8, 1.2, 0.9]
+
+
+def scores(rule: str, **settings: float) -> list[float]:
+    model = Six()
+    found = score(
+        rule, model, parameter_space(model), Evidence(ONE, 0, PLAN, seed=1), ScoreConfig(**settings)
+    )
+    return [float(x) for x in found.tensors[0].reshape(-1)]
+
+
+def test_fisher_and_gradient() -> None:
+    assert scores("fish") == pytest.approx(FISHER)
+    assert scores("gradient") == pytest.approx(MEAN)
+
+
+def test_lottery_is_the_change_of_a_dense_step() -> None:
+    # One step of plain descent at rate 0.05: |change| = 0.05 |mean gradient|
+    assert scores("lt-sft", steps=1, lr=0.05) == pytest.approx([0.12, 0.09, 0.06, 0.045])
+
+
+def test_diff_pruning_after_a_first_step_is_a_step_of_adam_behind_open_gates() -> None:
+    # w = 0 to begin with, so that no gate's gradient comes from the loss, and with no price none moves:
+    # alpha = 5, and at u = 1/2 a gate is 3 sigmoid(5) - 1.5 = 1.48, cut to 1. Adam's first step is its rate.
+    assert scores("diff-pruning", steps=1, lr=0.05, penalty=0.0) == pytest.approx([0.05] * 4, rel=1e-4)
+
+
+def test_agreement_of_two_clients() -> None:
+    model = Six()
+    space: ParameterSpace = parameter_space(model)
+    rule = Rule("fish", 0.5, seed=2)
+
+    def client(*numbers: float) -> Scores:
+        import torch
+
+        return Scores(space, [torch.tensor(numbers).view(2, 2)])
+
+    # Their own two: entries 0, 1 and 1, 3. Sums over what was named: 9, 8 + 1, 0, 7.
+    one, two = client(9.0, 8.0, 1.0, 0.5), client(0.1, 1.0, 0.2, 7.0)
+    messages = {0: pack_top_scores(one, rule), 1: pack_top_scores(two, rule)}
+    assert agree_by_scores(messages, space, rule).indices.tolist() == [0, 1]
+    three = client(0.1, 1.0, 0.2, 10.0)
+    messages[2] = pack_top_scores(three, rule)
+    assert agree_by_scores(messages, space, rule).indices.tolist() == [1, 3]  # 9, 10, 0, 17
+    votes = {i: pack_votes(c.mask(rule)) for i, c in enumerate((one, two, three))}
+    assert agree_by_votes(votes, space, rule).indices.tolist() == [1, 3]  # 1, 3, 0, 2 votes
+    del votes[2]  # 1, 2, 0, 1 votes: entry 1, and entry 0 or 3 as the seed says
+    drawn = {tuple(agree_by_votes(votes, space, Rule("fish", 0.5, seed=s)).indices) for s in range(20)}
+    assert drawn == {(0, 1), (1, 3)}
+
+
+def test_the_smallest_weights_in_ten_lines_of_numpy() -> None:
+    """PaFi's index set, from the tensors of a transformers model by name."""
+    from fedmask import magnitude_mask
+    from tests.support import make_model
+
+    model = make_model("bert")
+    state = {n: p.detach().numpy() for n, p in model.named_parameters()}
+    linear = [w.ravel() for n, w in state.items() if ".layer." in n and n.endswith("weight") and w.ndim == 2]
+    weights = np.abs(np.concatenate(linear))
+    k = round(0.005 * weights.size)
+    wanted = np.sort(np.argsort(weights, kind="stable")[:k])
+    assert np.array_equal(magnitude_mask(model, 0.005).indices, wanted)
