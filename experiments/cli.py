@@ -56,6 +56,7 @@ def run(
     alpha: Annotated[
         float | None, typer.Option(help="Dirichlet concentration: small is more skewed.")
     ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of LoRA's factors.")] = None,
     lr: Annotated[
         float | None,
         typer.Option(help="Learning rate of all that trains but the adapters on biases (--adapter-lr)."),

@@ -35,6 +35,7 @@ KEYS = {
     "eval_rows": "eval_rows",
     "partition": "partition.kind",
     "alpha": "partition.alpha",
+    "rank": "lora.rank",
     "lr": "train.lr",
     "adapter_lr": "train.adapter_lr",
     "epochs": "train.epochs",

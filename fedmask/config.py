@@ -136,6 +136,14 @@ class AdapterConfig(_Settings):
     target: Literal["bias", "weight"] = "bias"
 
 
+class LoraConfig(_Settings):
+    """LoRA's factors: rank r, scaling alpha / r, and beside which linear layers (parts joined by ``+``)."""
+
+    rank: Whole = Field(default=8, ge=1)
+    alpha: Real = Field(default=16.0, gt=0)
+    targets: str = Field(default="query+value", min_length=1)
+
+
 class TrainConfig(_Settings):
     """Local training. ``steps`` caps the optimizer steps per client and round; None: epochs decide.
 
@@ -211,6 +219,7 @@ class RunConfig(_Settings):
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     scores: ScoreConfig = Field(default_factory=ScoreConfig)
     server: ServerConfig = Field(default_factory=ServerConfig)

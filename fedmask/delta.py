@@ -135,6 +135,11 @@ def apply_delta(model: nn.Module, delta: Delta) -> nn.Module:
         if segment != "mask" and not segment.startswith(HEAD_PREFIX):
             named = dict(model.named_parameters()) if segment == "head" else backbone
             names = delta.names.get(segment, [])
+            if not names:
+                raise CheckpointError(
+                    f"delta: segment {segment!r} holds no change of weights, such as factors; "
+                    "write whole models with fedmask export"
+                )
             parts = _whole(named, segment, names, torch.from_numpy(values))
             stored = stored_reader(model, named)
             whole += [

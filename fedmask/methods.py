@@ -14,17 +14,21 @@ if TYPE_CHECKING:
     from fedmask.masks import Mask
     from fedmask.trainables import Trainable
 
+Dense = Literal["full", "bitfit", "lora"]
+
 
 @dataclass(frozen=True)
 class Method:
-    """``mask``: the rule's name or None. ``biases``: how feed-forward biases train. Heads always train."""
+    """``mask``: the rule's name or None. ``biases``: how feed-forward biases train. ``dense``: what else
+    trains without a mask. Heads always train.
+    """
 
     name: str
     summary: str
     source: str
     mask: str | None = None
     biases: Literal["adapter", "direct"] | None = None
-    backbone: bool = False
+    dense: Dense | None = None
 
 
 _PAPER = "Liao, Meng, Monz, ACL 2023, arXiv 2305.16742"
@@ -41,7 +45,9 @@ _ALL = (
         "random-matched",
     ),
     Method("largest", "largest-magnitude mask (control)", "arXiv 2305.16742, ablation", "largest"),
-    Method("full", "full fine-tuning of the backbone", "FedAvg, arXiv 1602.05629", backbone=True),
+    Method("full", "full fine-tuning of the backbone", "FedAvg, arXiv 1602.05629", dense="full"),
+    Method("bitfit", "all biases of the backbone", "BitFit, arXiv 2106.10199", dense="bitfit"),
+    Method("lora", "low-rank factors beside query and value", "LoRA, arXiv 2106.09685", dense="lora"),
     Method("head", "the task head alone", "linear probing"),
 )
 _SPECIFIC = (
@@ -78,10 +84,10 @@ def check_masks(config: RunConfig) -> None:
 
 
 def backbone_trainables(
-    method: Method, model: nn.Module, mask: Mask | None, adapter: AdapterConfig
+    method: Method, model: nn.Module, mask: Mask | None, config: RunConfig
 ) -> list[Trainable]:
     """What ``method`` trains in the backbone, in the vector's order. Raises ConfigError as above."""
-    from fedmask.space import backbone_of, backbone_parameters
+    from fedmask.space import backbone_of
     from fedmask.trainables import (
         BiasAdapters,
         DenseTensors,
@@ -90,6 +96,7 @@ def backbone_trainables(
         feed_forward_biases,
     )
 
+    adapter = config.adapter
     check_federated(method, adapter)
     sizes = {"bottleneck": adapter.bottleneck, "activation": adapter.activation}
     on_weights = method.biases == "adapter" and adapter.target == "weight"
@@ -105,6 +112,23 @@ def backbone_trainables(
         parts.append(BiasAdapters(model, **sizes))  # type: ignore[arg-type]
     if method.biases == "direct":
         parts.append(DenseTensors("bias", backbone_of(model), feed_forward_biases(model)))
-    if method.backbone:
-        parts.append(DenseTensors("backbone", backbone_of(model), list(backbone_parameters(model))))
+    if method.dense is not None:
+        parts.append(_dense(method.dense, model, config))
     return parts
+
+
+def _dense(kind: Dense, model: nn.Module, config: RunConfig) -> Trainable:
+    from fedmask.rng import rng_for
+    from fedmask.space import backbone_of, backbone_parameters
+    from fedmask.trainables import DenseTensors, LoRA, biases
+
+    match kind:
+        case "full":
+            return DenseTensors("backbone", backbone_of(model), list(backbone_parameters(model)))
+        case "bitfit":
+            return DenseTensors("bias", backbone_of(model), biases(model))
+        case "lora":
+            # The start of A belongs to the run, not to a round: what is averaged are changes from it.
+            return LoRA(
+                model, lambda purpose: rng_for(config.seed, -1, -1, purpose), **config.lora.model_dump()
+            )

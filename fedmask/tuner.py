@@ -27,8 +27,15 @@ class PatchedForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.drivers: dict[str, list[tuple[Trainable, int]]] = {}
+        self.beside: list[tuple[Trainable, int]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self._forward(*args, **kwargs)
+        for trainable, slot in self.beside:
+            out = trainable.output(slot, next(iter((*args, *kwargs.values()))), out)
+        return out
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         own = {key: module._parameters[key] for key in self.drivers}
         sampled = self._sampled() if len(args) == 1 and not kwargs else None
@@ -69,6 +76,14 @@ class PatchedForward:
         for trainable, slot in self.drivers[key]:
             tensor = trainable.effective(slot, tensor)
         return tensor
+
+    def folded(self) -> dict[str, torch.Tensor]:
+        """The module's tensors (of their shapes) with everything in them, by name in the module."""
+        out = {key: self._effective(key) for key in self.drivers}
+        for trainable, slot in self.beside:
+            key = trainable.slots[slot].parameter
+            out[key] = trainable.effective(slot, out.get(key, self.module._parameters[key]))  # type: ignore[arg-type]
+        return out
 
 
 class MergedSave:
@@ -139,7 +154,10 @@ def attach(model: nn.Module, trainables: list[Trainable]) -> Tuning:
     for trainable in trainables:
         for index, slot in enumerate(trainable.slots):
             patch = patches.setdefault(id(slot.module), PatchedForward(slot.module))
-            patch.drivers.setdefault(slot.parameter, []).append((trainable, index))
+            if trainable.beside:
+                patch.beside.append((trainable, index))
+            else:
+                patch.drivers.setdefault(slot.parameter, []).append((trainable, index))
     for patch in patches.values():
         patch.module.forward = patch
     if hasattr(model, "save_pretrained"):
@@ -178,9 +196,8 @@ def merge(model: nn.Module) -> nn.Module:
         for module in model.modules():
             patch = module.__dict__.get("forward")
             if isinstance(patch, PatchedForward):
-                for key in patch.drivers:
+                for key, value in patch.folded().items():
                     parameter = module._parameters[key]
-                    value = patch._effective(key)
                     # Masked entries alone are in the weight already.
                     if parameter is not None and value.data_ptr() != parameter.data_ptr():
                         folded.append((parameter, value))

@@ -203,7 +203,7 @@ class Workspace(RunData):
 
     def _tune(self, task: str, mask: Mask | None, *, carries: bool) -> MeanHead | OwnHead:
         model = self._new_model(task)
-        parts = backbone_trainables(METHODS[self.config.method], model, mask, self.config.adapter)
+        parts = backbone_trainables(METHODS[self.config.method], model, mask, self.config)
         head = DenseTensors(HEAD_PREFIX + task, model, head_parameters(model))
         carried = [CarriedEntries(model, self.space)] if carries else []
         attach(model, [*carried, *parts, head])

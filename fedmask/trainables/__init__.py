@@ -7,12 +7,14 @@ from fedmask.trainables.adapters import (
     BiasAdapters,
     MaskedWeightAdapters,
     WeightAdapters,
+    biases,
     feed_forward_biases,
     feed_forward_layers,
 )
 from fedmask.trainables.base import Draw, Slot, Trainable, slots_of
 from fedmask.trainables.carried import CarriedEntries
 from fedmask.trainables.dense import DenseTensors
+from fedmask.trainables.lora import LoRA, target_layers
 from fedmask.trainables.masked import MaskedEntries
 
 __all__ = [
@@ -21,12 +23,15 @@ __all__ = [
     "CarriedEntries",
     "DenseTensors",
     "Draw",
+    "LoRA",
     "MaskedEntries",
     "MaskedWeightAdapters",
     "Slot",
     "Trainable",
     "WeightAdapters",
+    "biases",
     "feed_forward_biases",
     "feed_forward_layers",
     "slots_of",
+    "target_layers",
 ]

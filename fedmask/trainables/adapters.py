@@ -61,6 +61,16 @@ def feed_forward_biases(model: nn.Module) -> list[str]:
     return names
 
 
+def biases(model: nn.Module) -> list[str]:
+    """Names of all biases in the backbone, normalisation included; ConfigError where there is none."""
+    names = [name for name in backbone_parameters(model) if name.rsplit(".", 1)[-1].endswith("bias")]
+    if not names:
+        raise ConfigError(
+            f"{type(model).__name__} has no biases, which this method trains; use method 'pafi'"
+        )
+    return names
+
+
 def draw_down(
     draw: Draw, name: str, rows: torch.Tensor, bottleneck: int, activation: Activation
 ) -> torch.Tensor:

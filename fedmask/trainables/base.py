@@ -68,6 +68,8 @@ class Trainable(nn.Module, ABC):
     values: nn.Parameter
     names: Sequence[str] = ()
     """The driven tensors in order, where the segment is whole tensors end to end."""
+    beside: bool = False
+    """Whether it works on its layers' outputs (``output``) and leaves their tensors alone until merged."""
 
     def __init__(self, segment: str, slots: list[Slot], *, size: int, local_size: int) -> None:
         super().__init__()
@@ -87,6 +89,10 @@ class Trainable(nn.Module, ABC):
     @abstractmethod
     def effective(self, slot: int, tensor: torch.Tensor) -> torch.Tensor:
         """What the slot's module sees instead of ``tensor`` (of its shape), differentiable in ``values``."""
+
+    def output(self, slot: int, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """With ``beside``: what the slot's layer gives for ``inputs``, instead of ``output`` (same shape)."""
+        return output
 
     def restore(self) -> None:
         """Put back every value of the model that was written in place."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedmask import Rule, magnitude_mask, merge, sparsify, weight_adapters
-from fedmask.config import AdapterConfig
+from fedmask.config import AdapterConfig, RunConfig, TaskConfig
 from fedmask.errors import CheckpointError, ConfigError
 from fedmask.masks import mask_from_indices
 from fedmask.methods import METHODS, backbone_trainables, check_federated
@@ -314,9 +314,10 @@ def test_training_with_adapters_lowers_the_loss(kind: str) -> None:
 def test_weight_adapters_alone_cannot_be_sent_each_round() -> None:
     model = make_model("bert")
     adapter = AdapterConfig(target="weight")
+    config = RunConfig(tasks=(TaskConfig(name="bbc", clients=1),), adapter=adapter)
     for act in (
         lambda: check_federated(METHODS["hiwi"], adapter),
-        lambda: backbone_trainables(METHODS["hiwi"], model, None, adapter),
+        lambda: backbone_trainables(METHODS["hiwi"], model, None, config),
     ):
         with pytest.raises(ConfigError, match=r"cannot be sent each round; use method 'pafi\+hiwi'") as error:
             act()

@@ -44,6 +44,9 @@ K = round(0.02 * 16384)
         ("largest", [("mask", K)]),
         ("gradient", [("mask", K)]),
         ("full", [("backbone", 20640)]),
+        # The embeddings' normalisation; per layer four projections, two normalisations, 64 + 32.
+        ("bitfit", [("bias", 32 + 2 * (4 * 32 + 2 * 32 + 64 + 32))]),
+        ("lora", [("lora", 2 * 2 * 8 * (32 + 32))]),
         ("head", []),
     ],
 )
