@@ -27,6 +27,7 @@ from fedmask.flower import (
     CONFIG,
     EXAMPLES,
     HELD,
+    KERNEL,
     MASK,
     PRECISION,
     RECIPE,
@@ -37,6 +38,7 @@ from fedmask.flower import (
     record_bytes,
     reply_content,
 )
+from fedmask.kernels import SETTLED
 from fedmask.masks import Recipe, mask_size
 from fedmask.precision import PRECISIONS, Precision
 from fedmask.workspace import Workspace, get_workspace
@@ -65,6 +67,7 @@ def make_client_app(
         torch.set_num_threads(settings.threads)
         workspace = get_workspace(settings)
         workspace.use_precision(_precision(context, settings))
+        workspace.use_kernel(_kernel(context, workspace))
         _use_stored_mask(workspace, context)
         return workspace, _partition(context, settings)
 
@@ -75,8 +78,11 @@ def make_client_app(
         if partition >= settings.clients:
             answer = ConfigRecord({"partition": partition, "status": "spare"})
             return Message(RecordDict({CONFIG: answer}), reply_to=message)
-        _keep_precision(context, settings, message.content)
+        _keep_choices(context, settings, message.content)
         workspace, _ = enter(context)
+        reason = workspace.cannot_train()
+        if reason:
+            return Message(_confirmation(workspace, partition, "unable", reason), reply_to=message)
         said = _join(workspace, partition, message.content)
         if held := held_version(context):
             said[CONFIG] = ConfigRecord({**said.config_records[CONFIG], HELD: held})
@@ -169,14 +175,23 @@ def _receive_mask(workspace: Workspace, data: bytes) -> None:
     workspace.use_mask(unpack_indices(data, workspace.space.size, count=count))
 
 
-def _keep_precision(context: Context, config: RunConfig, content: RecordDict) -> None:
-    """Keep the server's choice in the node's state, unless the config says the same: each message may
-    meet a new process."""
-    chosen = _one(content, CONFIG, ConfigRecord).get(PRECISION)
-    if chosen not in PRECISIONS:
-        raise RecordError(unknown("precision", str(chosen), PRECISIONS))
-    if chosen != config.precision or PRECISION in context.state:
-        context.state[PRECISION] = ConfigRecord({PRECISION: chosen})
+def _keep_choices(context: Context, config: RunConfig, content: RecordDict) -> None:
+    """Keep the server's choices in the node's state, unless this node would make the same by itself: each
+    message may meet a new process, and a client at rest should cost nothing."""
+    offer = _one(content, CONFIG, ConfigRecord)
+    precision, kernel = (str(offer.get(key)) for key in (PRECISION, KERNEL))
+    for name, chosen, known in ((PRECISION, precision, PRECISIONS), (KERNEL, kernel, SETTLED)):
+        if chosen not in known:
+            raise RecordError(unknown(name, chosen, known))
+    own = precision == config.precision and kernel == get_workspace(config).own_kernel
+    if not own or PRECISION in context.state:
+        context.state[PRECISION] = ConfigRecord({PRECISION: precision, KERNEL: kernel})
+
+
+def _kernel(context: Context, workspace: Workspace) -> str:
+    """The kernel that the server chose in this run; nothing is kept where this node would choose the same."""
+    kept = context.state.get(PRECISION)
+    return str(kept[KERNEL]) if isinstance(kept, ConfigRecord) else workspace.own_kernel
 
 
 def _precision(context: Context, config: RunConfig) -> Precision:

@@ -22,9 +22,7 @@ RECEIVED, RESIDUAL, NOTES = "received", "residual", "notes"
 _BEFORE, _AFTER = "before", "after"
 
 
-def received(
-    workspace: Workspace, context: Context, client: int, frame: bytes, version: int
-) -> np.ndarray:
+def received(workspace: Workspace, context: Context, client: int, frame: bytes, version: int) -> np.ndarray:
     """The server's vector of ``version``, float32 ``[n]``, remembered where later changes build on it.
 
     Raises ``Behind`` when ``frame`` holds changes of a vector that this client does not have.

@@ -210,6 +210,7 @@ class RunConfig(_Settings):
     up: str = "fp32"
     down: str = "fp32"
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    kernel: Literal["auto", "sampled", "dense"] = "auto"
     rounds: Whole = Field(default=8, ge=1)
     threads: Whole = Field(default=1, ge=1)
     workers: Whole | None = Field(default=None, ge=1)

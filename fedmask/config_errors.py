@@ -65,9 +65,7 @@ def one_line(detail: ErrorDetails, model: type[BaseModel]) -> str:
     elif detail["type"] in _NUMBER_ERRORS:
         said = _expected(model, key) or detail["msg"]
     elif str(key) == "options":  # numbers of two kinds: pydantic names only one of them
-        return (
-            f"{where}: expected a number, found {short(found)}; give one, as in {where.split('.')[-1]}=0.1"
-        )
+        return f"{where}: expected a number, found {short(found)}; give one, as in {where.split('.')[-1]}=0.1"
     else:
         said = (
             detail["msg"]

@@ -30,6 +30,7 @@ RECIPE = "recipe"
 HELD = "held"
 PRECISION = "precision"
 SECONDS = "seconds"
+KERNEL = "kernel"
 MAX_METRICS = 9
 EXAMPLES = "num-examples"
 HELD_OUT = "held-out"

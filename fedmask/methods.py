@@ -50,9 +50,7 @@ _ALL = (
     Method("lora", "low-rank factors beside query and value", "LoRA, arXiv 2106.09685", dense="lora"),
     Method("head", "the task head alone", "linear probing"),
 )
-_SPECIFIC = (
-    Method("gradient", "a mask of largest gradients", "SIFT, arXiv 2312.11875", "gradient"),
-)
+_SPECIFIC = (Method("gradient", "a mask of largest gradients", "SIFT, arXiv 2312.11875", "gradient"),)
 METHODS: dict[str, Method] = {method.name: method for method in (*_ALL, *_SPECIFIC)}
 TASK_SPECIFIC = frozenset(method.name for method in _SPECIFIC)
 """Methods whose mask comes from labelled rows: it has to be found, agreed on and sent (``placement``)."""
@@ -84,9 +82,12 @@ def check_masks(config: RunConfig) -> None:
 
 
 def backbone_trainables(
-    method: Method, model: nn.Module, mask: Mask | None, config: RunConfig
+    method: Method, model: nn.Module, mask: Mask | None, config: RunConfig, kernel: str = "auto"
 ) -> list[Trainable]:
-    """What ``method`` trains in the backbone, in the vector's order. Raises ConfigError as above."""
+    """What ``method`` trains in the backbone, in the vector's order. Raises ConfigError as above.
+
+    ``kernel``: how masked entries' gradients are computed, as in ``fedmask.kernels``.
+    """
     from fedmask.space import backbone_of
     from fedmask.trainables import (
         BiasAdapters,
@@ -105,9 +106,9 @@ def backbone_trainables(
         if mask is None:
             raise ConfigError(f"method {method.name!r} needs a mask")
         if on_weights:
-            parts.append(MaskedWeightAdapters(model, mask, **sizes))  # type: ignore[arg-type]
+            parts.append(MaskedWeightAdapters(model, mask, **sizes, kernel=kernel))  # type: ignore[arg-type]
         else:
-            parts.append(MaskedEntries(model, mask))
+            parts.append(MaskedEntries(model, mask, kernel=kernel))
     if method.biases == "adapter" and not on_weights:
         parts.append(BiasAdapters(model, **sizes))  # type: ignore[arg-type]
     if method.biases == "direct":

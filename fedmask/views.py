@@ -46,7 +46,11 @@ def turn(model: nn.Module, mask: Mask) -> None:
     """Let a tuned ``model`` train another mask; all else that is attached to it stays."""
     parts = tuning_of(model).trainables
     detach(model)
-    attach(model, [MaskedEntries(model, mask) if isinstance(part, MaskedEntries) else part for part in parts])
+    turned = [
+        MaskedEntries(model, mask, kernel=part.kernel) if isinstance(part, MaskedEntries) else part
+        for part in parts
+    ]
+    attach(model, turned)
 
 
 def down_layout(beside: Layout, entries: int) -> Layout:

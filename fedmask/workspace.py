@@ -17,6 +17,7 @@ from fedmask import config as configuration
 from fedmask.channel import Terms
 from fedmask.config import RunConfig, ScoreConfig
 from fedmask.errors import ConfigError, unknown
+from fedmask.kernels import available_kernels
 from fedmask.layout import HEAD_PREFIX, Layout
 from fedmask.masks import (
     RULES,
@@ -44,6 +45,10 @@ from fedmask.views import View, turn
 
 if TYPE_CHECKING:
     from datasets import Dataset
+NO_KERNEL = (
+    "this run's kernel is 'sampled', for which numba is missing here: pip install numba on this node,"
+    " or start the run with --set kernel=dense"
+)
 
 
 class Workspace(RunData):
@@ -55,6 +60,7 @@ class Workspace(RunData):
         self._trained: dict[str, str] = {}  # the digest of the mask that a task's model trains now
         self._given: Mask | None = None
         self._precision: Precision | None = None if config.precision == "auto" else config.precision
+        self._kernel: str | None = None
 
     # The model ---------------------------------------------------------------------------------
 
@@ -94,6 +100,29 @@ class Workspace(RunData):
         elif self._precision is not None:  # what was rounded is read again
             self.__dict__.pop("backbone", None)
         self._precision = precision
+
+    @cached_property
+    def own_kernel(self) -> str:
+        """The config's kernel; for ``auto`` what this process can do. Methods without a mask need none."""
+        if self.config.kernel != "auto":
+            return self.config.kernel
+        return "sampled" if self.rule is not None and "sampled" in available_kernels() else "dense"
+
+    @property
+    def kernel(self) -> str:
+        """``sampled`` (where it is cheaper) or ``dense``: all parties use the server's, for the last bits."""
+        return self._kernel or self.own_kernel
+
+    def use_kernel(self, kernel: str) -> None:
+        """Compute by ``kernel`` (``sampled`` or ``dense``) from now on."""
+        if kernel != self.kernel:
+            self._forget_models()
+        self._kernel = kernel
+
+    def cannot_train(self) -> str:
+        """Why this process cannot do what the run's kernel asks for; empty if it can."""
+        able = self.rule is None or self.kernel in available_kernels()
+        return "" if able else NO_KERNEL
 
     def trial(self, precision: Precision) -> Workspace:
         """A workspace to measure with: same data and mask, models of its own. For one in float32."""
@@ -203,7 +232,9 @@ class Workspace(RunData):
 
     def _tune(self, task: str, mask: Mask | None, *, carries: bool) -> MeanHead | OwnHead:
         model = self._new_model(task)
-        parts = backbone_trainables(METHODS[self.config.method], model, mask, self.config)
+        # "auto" is the sampled kernel where the fixed rule finds it cheaper than the dense product.
+        kernel, method = "dense" if self.kernel == "dense" else "auto", METHODS[self.config.method]
+        parts = backbone_trainables(method, model, mask, self.config, kernel)
         head = DenseTensors(HEAD_PREFIX + task, model, head_parameters(model))
         carried = [CarriedEntries(model, self.space)] if carries else []
         attach(model, [*carried, *parts, head])

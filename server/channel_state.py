@@ -27,9 +27,7 @@ def channel_tensors(state: RunState) -> dict[str, np.ndarray]:
     return out
 
 
-def read_channel(
-    tensors: Mapping[str, np.ndarray], version: int
-) -> tuple[dict[str, Public], dict[int, int]]:
+def read_channel(tensors: Mapping[str, np.ndarray], version: int) -> tuple[dict[str, Public], dict[int, int]]:
     """The inverse of ``channel_tensors`` (flat arrays by name) for the state after ``version`` rounds."""
     public = {}
     for name, vector in tensors.items():

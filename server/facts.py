@@ -16,10 +16,11 @@ from server.record import machine, versions
 def run_record(workspace: Workspace, engine: str, measured: dict[str, float]) -> dict[str, Any]:
     """The whole of ``config.json``. ``measured``: what ``settle_precision`` found.
 
-    The config states the precision in use, so that it repeats the run bit for bit.
+    The config states the precision and the kernel in use, so that it repeats the run bit for bit.
     """
     recipe = workspace.recipe()
-    settled = workspace.config.model_copy(update={"precision": workspace.precision})
+    chosen = {"precision": workspace.precision, "kernel": workspace.kernel}
+    settled = workspace.config.model_copy(update=chosen)
     return {
         "config": settled.model_dump(mode="json"),
         "versions": versions(),
@@ -31,6 +32,7 @@ def run_record(workspace: Workspace, engine: str, measured: dict[str, float]) ->
             "asked": workspace.config.precision,
             "used": workspace.precision,
             "seconds_per_step": measured,
+            "kernel": workspace.kernel,
             "kernels": list(available_kernels()),
         },
         "facts": _facts(workspace, workspace.config),

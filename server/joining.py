@@ -15,7 +15,17 @@ from flwr.serverapp import Grid
 
 from fedmask.codecs import pack_indices
 from fedmask.errors import EnvelopeError, FederationError
-from fedmask.flower import ARRAYS, CONFIG, MASK, PRECISION, QUERY_JOIN, QUERY_MASK, RECIPE, bytes_record
+from fedmask.flower import (
+    ARRAYS,
+    CONFIG,
+    KERNEL,
+    MASK,
+    PRECISION,
+    QUERY_JOIN,
+    QUERY_MASK,
+    RECIPE,
+    bytes_record,
+)
 from fedmask.ledger import Ledger
 from fedmask.methods import TASK_SPECIFIC
 from fedmask.workspace import Workspace
@@ -70,14 +80,15 @@ def join(
     node_timeout: float,
     arrived: Callable[[int], None],
 ) -> Roster:
-    """Offer recipe and precision to every node, learn its partition, send the mask where it is needed.
+    """Offer recipe, precision and kernel to every node, learn its partition, send the mask where needed.
 
     ``arrived(client)`` is called once an answer. Raises ``FederationError`` when a client holds another
     checkpoint, when two nodes claim one partition, or when fewer than ``server.min_replies`` are left.
     """
     config = workspace.config
     recipe = workspace.recipe() if config.method not in TASK_SPECIFIC else None
-    offered = {RECIPE: recipe.to_json() if recipe else "", PRECISION: workspace.precision}
+    offered = {RECIPE: recipe.to_json() if recipe else ""}
+    offered |= {PRECISION: workspace.precision, KERNEL: workspace.kernel}
     offer = RecordDict({CONFIG: ConfigRecord(offered)})  # type: ignore[arg-type]
     nodes = wait_for_nodes(grid, config.clients, node_timeout)
     answers = exchange(
@@ -119,6 +130,10 @@ def _seat(workspace: Workspace, answers: list[Answer], roster: Roster) -> list[i
         if said.status == "spare":
             continue
         answer.client = said.partition
+        if said.status == "unable":
+            answer.fail("rejected", said.reason)
+            roster.failed.append({"client": said.partition, "reason": said.reason})
+            continue
         if said.checkpoint != workspace.checkpoint_digest or said.status == "refused":
             raise FederationError(
                 f"client {said.partition} refuses: this federation tunes the checkpoint"

@@ -62,8 +62,11 @@ class Point:
                 )
 
     def settle_precision(self, workspace: Workspace) -> dict[str, float]:
-        """Let ``workspace`` use the precision that the run began with; nothing is measured again."""
-        workspace.use_precision(from_dict(self.record["config"]).precision)  # type: ignore[arg-type]
+        """Let ``workspace`` use the run's first precision and kernel; nothing is measured again."""
+        config = from_dict(self.record["config"])
+        workspace.use_precision(config.precision)  # type: ignore[arg-type]
+        if config.kernel != "auto":
+            workspace.use_kernel(config.kernel)
         return {}
 
     def go_on(self, folder: Path, record: Mapping[str, Any], joining: Ledger) -> Ledger:
@@ -177,8 +180,9 @@ def _rows(path: Path) -> Iterator[Row]:
 
 
 def _same_settings(folder: Path, before: RunConfig, now: RunConfig) -> None:
-    if now.precision == "auto":  # settled when the run began
-        now = now.model_copy(update={"precision": before.precision})
+    for key in ("precision", "kernel"):  # settled when the run began
+        if getattr(now, key) == "auto":
+            now = now.model_copy(update={key: getattr(before, key)})
     old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
     for key in sorted(old.keys() | new.keys()):
         if key not in FREE and old.get(key) != new.get(key):

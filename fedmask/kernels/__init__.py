@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedmask.kernels.gradient import (
+    SETTLED,
     Kernel,
     available_kernels,
     choose_kernel,
@@ -13,6 +14,7 @@ from fedmask.kernels.linear import SampledLinear
 from fedmask.kernels.pattern import Pattern, WeightLayout
 
 __all__ = [
+    "SETTLED",
     "Kernel",
     "Pattern",
     "SampledLinear",

@@ -17,6 +17,8 @@ Kernel = Literal["auto", "dense", "sampled"]
 """How a weight gradient is computed: ``dense`` product and gather, ``sampled`` entries only, or ``auto``."""
 
 _KERNELS = ("auto", "dense", "sampled")
+SETTLED = ("dense", "sampled")
+"""What the parties of a run agree on: ``sampled`` stands for the sampled kernel where it is cheaper."""
 
 
 # Costs of a token, in multiplications of the dense product (experiments/benchmarks/kernels.py measures them):

@@ -106,7 +106,8 @@ class MaskedEntries(Trainable):
         i = self._order[name]
         tensor = self._tensors[i].tensor
         with torch.no_grad():
-            flat(tensor)[self._indices[i]] = (self._reference[i] + entry).to(tensor.dtype)
+            # scatter_: several times faster than writing by an index
+            flat(tensor).scatter_(0, self._indices[i], (self._reference[i] + entry).to(tensor.dtype))
             self._written[i] = entry.detach().clone()
 
 

@@ -15,7 +15,7 @@ from experiments.inprocess import InProcessGrid
 from fedmask.codecs import index_entropy_bytes
 from fedmask.config import RunConfig
 from fedmask.errors import FederationError
-from fedmask.flower import ARRAYS, CONFIG, MASK, PRECISION, RECIPE, record_bytes
+from fedmask.flower import ARRAYS, CONFIG, KERNEL, MASK, PRECISION, RECIPE, record_bytes
 from fedmask.workspace import get_workspace
 from tests.apps.grids import read_rows, run_on
 from tests.support import save_checkpoint
@@ -43,7 +43,7 @@ def test_the_offer_is_one_recipe_of_less_than_256_bytes(make_config: MakeConfig)
     assert len(offers) == 5
     for message in offers:
         assert set(message.content) == {CONFIG}
-        assert set(message.content[CONFIG]) == {PRECISION, RECIPE}
+        assert set(message.content[CONFIG]) == {KERNEL, PRECISION, RECIPE}
         assert len(str(message.content[CONFIG][RECIPE]).encode()) < 256
     assert not _joining(grid, "query.mask")
     down = [
