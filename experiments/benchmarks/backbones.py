@@ -19,7 +19,7 @@ WORDS = 30_000  # token numbers to draw from; both vocabularies have 30,522
 def backbone(name: str) -> Any:
     """``minilm``: the bundled checkpoint; ``bert-base``: random weights of that shape. No dropout."""
     if name == "minilm":
-        model = load_backbone("minilm").model
+        model: Any = load_backbone("minilm").model
         model.pooler = None
     else:
         from transformers import BertConfig, BertModel

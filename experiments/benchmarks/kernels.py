@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -63,15 +64,15 @@ def measure(
         x = torch.randn(length, inputs, generator=generator).to(PRECISIONS[precision])
         for density in densities:
             pattern = random_pattern(outputs, inputs, density)
+            sampled = partial(sampled_weight_gradient, grad, x, pattern)
             seconds = in_turns(
                 {
-                    "product": lambda grad=grad, x=x: grad.t() @ x,
-                    "dense": lambda grad=grad, x=x, p=pattern: sampled_weight_gradient(grad, x, p, "dense"),
-                    "sampled": lambda grad=grad, x=x, p=pattern: sampled_weight_gradient(
-                        grad, x, p, "sampled"
-                    ),
+                    "product": partial(torch.matmul, grad.t(), x),
+                    "dense": partial(sampled, "dense"),
+                    "sampled": partial(sampled, "sampled"),
                 },
                 repeats,
+                tries=1,
             )
             medians = {name: statistics.median(times) for name, times in seconds.items()}
             minima = {name: min(times) for name, times in seconds.items()}

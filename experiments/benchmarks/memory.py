@@ -29,7 +29,7 @@ def peak_bytes(contender: Contender, batch: Batch) -> int:
     contender.step(*batch)  # moments are made and scratch grows in the first one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         contender.step(*batch)
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda one: one.start_ns()):
         held += event.nbytes()
@@ -60,7 +60,7 @@ def measure(shape: str, methods: list[str], rows: int, tokens: int, density: flo
     mask = mask_of(model, density)
     batch = inputs(rows, tokens, model.config.hidden_size)
     ways = [(name, "fp32") for name in methods] + [(name, "bf16") for name in methods if name == "fedmask"]
-    found = []
+    found: list[dict[str, Any]] = []
     for name, precision in ways:
         own = cast(with_own_modules(model, share=False), precision)  # type: ignore[arg-type]
         contender = CONTENDERS[name](own, mask)

@@ -9,7 +9,7 @@ A round of 10 clients with 20 steps each (MiniLM-L6, the bundled tweets), one cl
   own steps: full fine-tuning has slower steps, which is not what is measured here.
 
 ``bare`` and ``inprocess`` take turns; the first turn of each, and the first round of each engine, in which
-models are loaded, are not counted. Medians.
+models are loaded, are not counted. Medians of rounds during which other processes were quiet.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
+
+from experiments.benchmarks.measuring import TRIES, write
+from experiments.benchmarks.measuring import in_turns as take_turns
 
 CLIENTS, STEPS, BATCH, TOKENS = 10, 20, 4, 32
 
@@ -72,7 +74,7 @@ def bare_round(workspace: Any, vector: np.ndarray, number: int) -> np.ndarray:
                 inputs = collate(data, rows, workspace.backbone.pad_id)
                 labels = inputs.pop("labels")
                 optimizer.zero_grad()
-                functional.cross_entropy(model(**inputs), labels).backward()
+                functional.cross_entropy(model(**inputs), labels).backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
             model.eval()
@@ -92,24 +94,26 @@ def in_turns(repeats: int) -> dict[str, list[float]]:
     from server.streaming import make_strategy
 
     torch.set_num_threads(1)
-    config = settings("unused", repeats + 1)
+    config = settings("unused", TRIES * repeats + 1)
     workspace, ledger, grid = get_workspace(config), Ledger(), InProcessGrid(config)
     roster = join(grid, workspace, ledger, node_timeout=60.0, arrived=lambda _client: None)
     strategy = make_strategy(config.server)
     federation = Federation(workspace, grid, roster, strategy, ledger, Silent(), most_claims(workspace))
     state = RunState.start(workspace)
     vector = np.concatenate([state.shared, state.heads["tweets"]])
-    seconds: dict[str, list[float]] = {"bare": [], "bare cpu": [], "inprocess": [], "inprocess cpu": []}
-    for number in range(1, repeats + 2):
-        began, spent = time.perf_counter(), time.process_time()
+    number = 0
+
+    def bare() -> None:
+        nonlocal vector, number
+        number += 1
         vector = bare_round(workspace, vector, number)
-        seconds["bare"].append(time.perf_counter() - began)
-        seconds["bare cpu"].append(time.process_time() - spent)
-        began, spent = time.perf_counter(), time.process_time()
+
+    def inprocess() -> None:
+        nonlocal state
         state, _ = federation.train_round(state)
-        seconds["inprocess"].append(time.perf_counter() - began)
-        seconds["inprocess cpu"].append(time.process_time() - spent)
-    return {name: found[1:] for name, found in seconds.items()}
+
+    seconds = take_turns({"bare": bare, "inprocess": inprocess}, repeats)
+    return {**seconds, "others": list(seconds.others.values())}
 
 
 def on_ray(rounds: int) -> dict[str, list[float]]:
@@ -163,23 +167,28 @@ def main() -> None:
     if not options.without_ray:
         seconds |= in_a_process("ray", options.engine_repeats)
         seconds |= in_a_process("quickstart", options.engine_repeats)
+    others = max(seconds.pop("others"))
     medians = {name: statistics.median(found) for name, found in seconds.items()}
-    pairs = zip(seconds["inprocess"], seconds["bare"], strict=True)
-    ratios = {"inprocess": statistics.median(one / bare for one, bare in pairs)}
-    # The same in CPU seconds of the process: what a machine that others use, too, can still tell.
-    pairs = zip(seconds["inprocess cpu"], seconds["bare cpu"], strict=True)
-    ratios["inprocess cpu"] = statistics.median(one / bare for one, bare in pairs)
+    ratios = {"inprocess": medians["inprocess"] / medians["bare"]}
     if "ray" in medians:
         ratios["ray"] = medians["ray"] / medians["bare"]
         own = zip(seconds["quickstart"], seconds["quickstart steps"], strict=True)
         ratios["quickstart"] = statistics.median(whole / steps for whole, steps in own)
-    print(f"{CLIENTS} clients x {STEPS} steps of {BATCH} rows; load {os.getloadavg()[0]:.1f}")
+    print(f"{CLIENTS} clients x {STEPS} steps of {BATCH} rows; others had {others:.1%} of a core")
     for name, median in medians.items():
         ratio = f"  x {ratios[name]:.3f}" if name in ratios else ""
         print(f"  {name:17} {median:8.3f} s{ratio}")
     if options.json:
-        result = {"load": os.getloadavg(), "seconds": seconds, "medians": medians, "ratios": ratios}
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        torch.set_num_threads(1)  # as in the processes that measured
+        settings_used = {"clients": CLIENTS, "steps": STEPS, "batch": BATCH, "tokens": TOKENS}
+        write(
+            options.json,
+            settings=settings_used,
+            others=others,
+            seconds=seconds,
+            medians=medians,
+            ratios=ratios,
+        )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from experiments.benchmarks.backbones import (
     set_torch_dropout,
     with_own_modules,
 )
-from experiments.benchmarks.measuring import in_turns, parser, ratios, show, write
+from experiments.benchmarks.measuring import in_turns, parser, ratios, show, show_others, write
 from experiments.competitors import CONTENDERS
 from fedmask.attention import use_plain_attention
 from fedmask.masks import Mask
@@ -81,6 +81,7 @@ def measure(shape: str, rows: int, tokens: int, density: float, repeats: int) ->
             "least_ms": 1e3 * min(times),
             "times_faster": 1 / to_base[name],
             "times_faster_of_least": min(seconds[BASE]) / min(times),
+            "others": seconds.others[name],
         }
         for name, times in seconds.items()
     ]
@@ -109,6 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
             for row in rows
         ],
     )  # fmt: skip
+    show_others(rows)
     settings = {key: getattr(given, key) for key in ("rows", "tokens", "density", "repeats")}
     write(given.json, settings=settings, steps=rows)
     return 0

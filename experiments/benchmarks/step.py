@@ -2,7 +2,7 @@
 
 A step is forward, backward and optimizer (AdamW, fused) in float32, without dropout and with transformers'
 default attention for everyone. ``floor``: forward and input gradients, with the first layer norm's bias
-trained. Ratios are medians over turns of a method's time to the floor's in the same turn.
+trained. Ratios are a method's median time to the floor's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from experiments.benchmarks.backbones import SHAPES, backbone, inputs, mask_of, with_own_modules
-from experiments.benchmarks.measuring import in_turns, parser, ratios, show, write
+from experiments.benchmarks.measuring import in_turns, parser, ratios, show, show_others, write
 from experiments.competitors import CONTENDERS
 
 OWN_MEMORY = ("full", "dense-mask")
@@ -43,6 +43,7 @@ def measure(
             "least_ms": 1e3 * min(seconds[name]),
             "ratio_to_floor": to_floor[name],
             "ratio_of_least": min(seconds[name]) / min(seconds["floor"]),
+            "others": seconds.others[name],
         }
         for name in methods
     ]
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             for row in rows
         ],
     )  # fmt: skip
+    show_others(rows)
     settings = {key: getattr(given, key) for key in ("rows", "tokens", "density", "repeats")}
     write(given.json, settings=settings, steps=rows)
     return 0

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+from functools import partial
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
 
 from experiments.benchmarks import __main__ as everything
 from experiments.benchmarks import latency, memory, precision, step
-from experiments.benchmarks.measuring import in_turns, ratios
+from experiments.benchmarks.measuring import _others_seconds, in_turns, ratios
 from experiments.competitors import CONTENDERS
 
 SMALL = ["--models", "minilm", "--rows", "1", "--tokens", "8", "--threads", "1", "--repeats", "1"]
@@ -64,13 +67,43 @@ def test_latency(tmp_path: Path) -> None:
     assert {row["variant"] for row in rows} == {"original", "merged", "lora unmerged"}
 
 
-def test_what_takes_turns_is_compared_turn_by_turn() -> None:
+def test_functions_take_turns_and_medians_are_compared() -> None:
     calls: list[str] = []
-    found = in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=3)
+    functions = {name: partial(calls.append, name) for name in "ab"}
+    found = in_turns(functions, repeats=3, others=lambda: 0.0)
     assert "".join(calls) == "abababab"
     assert [len(times) for times in found.values()] == [3, 3]
-    slow_turn = {"a": [1.0, 10.0, 1.0], "b": [2.0, 20.0, 2.0]}
-    assert ratios(slow_turn, "a") == {"a": 1.0, "b": 2.0}
+    assert found.others == {"a": 0.0, "b": 0.0}
+    slow = {"a": [1.0, 10.0, 1.0], "b": [2.0, 2.0, 2.0]}
+    assert ratios(slow, "a") == {"a": 1.0, "b": 2.0}
+
+
+def test_calls_that_other_processes_disturb_are_made_again() -> None:
+    """By the others' time alone: a slow call on a quiet machine counts."""
+    spent, made = [0.0], 0
+
+    def call() -> None:
+        nonlocal made
+        made += 1
+        spent[0] += 5.0 if made in (2, 4) else 0.0  # the first of the counted calls, and the third
+        sleep(0.05 if made == 3 else 0.0)
+
+    found = in_turns({"a": call}, repeats=2, others=lambda: spent[0])
+    assert made == 5 and found.others["a"] == 0.0
+    assert found["a"][0] >= 0.05
+
+    def busy() -> None:
+        spent[0] += 5.0
+
+    made = 0
+    found = in_turns({"a": busy}, repeats=2, others=lambda: spent[0], tries=3)
+    assert len(found["a"]) == 2 and found.others["a"] > 100  # nothing better was to be had, and it says so
+
+
+def test_other_processes_are_seen() -> None:
+    before = _others_seconds()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
+    assert not Path("/proc/stat").exists() or _others_seconds() - before > 0.2
 
 
 def test_one_command_runs_the_named_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
