@@ -189,8 +189,6 @@ def _share_backbone(config: RunConfig) -> SharedBackbone | None:
     """The backbone for all processes, this one included; None where each must load its own."""
     if not hasattr(reduction, "send_handle") or not hasattr(socket, "AF_UNIX"):
         return None
-    if config.precision == "bf16":  # rounded tensors alone would lose the stored values behind them
-        return None
     try:
         workspace = get_workspace(config)
         shared = SharedBackbone(workspace.backbone)

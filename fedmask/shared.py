@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedmask.models import Backbone
+from fedmask.stored import keep_as_stored, kept_stored
 
 # As far apart as PyTorch's own allocations begin: vector kernels may sum in another order elsewhere.
 _ALIGNMENT = 64
@@ -32,6 +33,7 @@ class _Place(NamedTuple):
     dtype: torch.dtype
     parameter: bool
     requires_grad: bool
+    stored: int | None  # the number of the tensor that holds a rounded one's stored values
 
 
 class SharedBackbone:
@@ -46,7 +48,7 @@ class SharedBackbone:
         try:
             pickler = _Pickler(self._file)
             pickler.dump(backbone)
-            places = pickle.dumps(list(pickler.places.values()))
+            places = pickle.dumps([pickler.places[number] for number in range(len(pickler.places))])
             rest = pickle.dumps((places, pickler.rest.getvalue()))
             self._file.write(rest)
             self._file.write(len(rest).to_bytes(8, "little"))
@@ -95,15 +97,17 @@ class _Pickler(pickle.Pickler):
         if id(thing) not in self._numbers:
             number = self._numbers[id(thing)] = len(self._kept)
             self._kept.append(thing)
-            self.places[number] = self._write(thing)
+            stored = kept_stored(thing)
+            other = None if stored is None else self.persistent_id(stored)
+            self.places[number] = self._write(thing, other)
         return self._numbers[id(thing)]
 
-    def _write(self, tensor: torch.Tensor) -> _Place:
+    def _write(self, tensor: torch.Tensor, stored: int | None) -> _Place:
         offset = -(-self._file.tell() // _ALIGNMENT) * _ALIGNMENT
         self._file.seek(offset)
         self._file.write(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
         parameter = isinstance(tensor, torch.nn.Parameter)
-        return _Place(offset, tuple(tensor.shape), tensor.dtype, parameter, tensor.requires_grad)
+        return _Place(offset, tuple(tensor.shape), tensor.dtype, parameter, tensor.requires_grad, stored)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -115,7 +119,10 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, number: int) -> torch.Tensor:
         if number not in self._made:
-            self._made[number] = self._tensor(self._places[number])
+            place = self._places[number]
+            self._made[number] = self._tensor(place)
+            if place.stored is not None:
+                keep_as_stored(self._made[number], self.persistent_load(place.stored))
         return self._made[number]
 
     def _tensor(self, place: _Place) -> torch.Tensor:

@@ -37,7 +37,7 @@ def stored_reader(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> T
         given = parameters[name].detach()
         if not is_half(given):
             return given
-        kept: torch.Tensor | None = getattr(parameters[name], _KEPT, None)
+        kept = kept_stored(parameters[name])
         if kept is not None:
             return kept
         for key in _stored_names(name, prefix):
@@ -78,7 +78,18 @@ def keep_stored(model: nn.Module) -> Iterator[None]:
     for name, parameter in parameters.items():
         values = before.pop(name)
         if is_half(parameter) and not torch.equal(read(name).to(values.dtype), values):
-            setattr(parameter, _KEPT, values)
+            keep_as_stored(parameter, values)
+
+
+def kept_stored(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The stored values that are kept in memory with a rounded ``tensor``; None where a file has them."""
+    kept: torch.Tensor | None = getattr(tensor, _KEPT, None)
+    return kept
+
+
+def keep_as_stored(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Keep ``values`` (of its shape) with ``tensor``: what it held before it was rounded."""
+    setattr(tensor, _KEPT, values)
 
 
 def _stored_names(name: str, prefix: str) -> list[str]:

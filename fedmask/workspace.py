@@ -141,10 +141,11 @@ class Workspace(RunData):
     def use_backbone(self, backbone: Backbone) -> None:
         """Use an equal backbone from elsewhere in memory, unless models stand on the first.
 
-        One that an earlier run has rounded is left alone: the stored values behind it did not come along.
+        One that is rounded already is for runs that state bfloat16: nobody else could have it unrounded.
         """
-        if not self._models and not any(is_half(p) for p in backbone.model.parameters()):
-            cast(backbone.model, self._precision or "fp32")
+        rounded = any(is_half(p) for p in backbone.model.parameters())
+        if not self._models and (not rounded or self._precision == "bf16"):
+            cast(backbone.model, "fp32" if rounded else self._precision or "fp32")
             self.backbone = backbone
 
     @cached_property

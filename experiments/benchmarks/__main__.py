@@ -10,7 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("step", "precision", "memory", "latency", "overhead", "scale", "masking", "kernels", "codecs")
+NAMES = (
+    "step",
+    "precision",
+    "memory",
+    "latency",
+    "overhead",
+    "scale",
+    "masking",
+    "quality",
+    "kernels",
+    "codecs",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

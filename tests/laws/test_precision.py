@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from fedmask.config import RunConfig, from_dict
 from fedmask.errors import ConfigError
 from fedmask.export import merged
 from fedmask.methods import METHODS
-from fedmask.models import load_backbone
+from fedmask.models import Backbone, load_backbone
 from fedmask.precision import PRECISIONS, cast
 from fedmask.settle import settle_precision
+from fedmask.shared import SharedBackbone, load_shared
 from fedmask.space import backbone_of, backbone_parameters, checkpoint_digest
 from fedmask.stored import stored_reader
 from fedmask.training import Stream, batch_loss, tuned
 from fedmask.tuner import tuning_of
 from fedmask.workspace import Workspace
-from tests.support import BIASED, bits, random_state_untouched, save_checkpoint, save_task
+from tests.support import BIASED, bits, make_model, random_state_untouched, save_checkpoint, save_task
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +224,32 @@ def test_a_rounded_backbone_from_elsewhere_is_not_used(places: Path) -> None:
     full = Workspace(config(places, precision="fp32"))
     auto.use_backbone(full.backbone)
     assert auto.backbone is full.backbone
+
+
+def test_a_rounded_backbone_is_shared_with_what_it_was_before(places: Path) -> None:
+    first = Workspace(config(places))
+    with closing(SharedBackbone(first.backbone)) as shared:
+        other = Workspace(config(places))
+        other.use_backbone(load_shared(shared.descriptor))
+        full = Workspace(config(places, precision="fp32"))
+        full.use_backbone(load_shared(shared.descriptor))
+    assert {p.dtype for p in other.backbone.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in full.backbone.model.parameters()} == {torch.float32}  # it loaded its own
+    assert other.digest == first.digest == full.digest
+    vector = zeros(first)
+    expected, found = (one.local_update(0, 1, vector).change for one in (first, other))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_stored_values_that_no_file_holds_are_shared_too() -> None:
+    model = make_model("bert")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with closing(SharedBackbone(Backbone(cast(model, "bf16"), None, ""))) as shared:
+        again = load_shared(shared.descriptor).model
+    read = stored_reader(again, dict(again.named_parameters()))
+    for name, p in again.named_parameters():
+        assert p.dtype == torch.bfloat16
+        assert torch.equal(read(name), before[name])
 
 
 def test_a_stated_precision_is_not_measured(places: Path) -> None:
