@@ -82,7 +82,7 @@ def keep_stored(model: nn.Module) -> Iterator[None]:
 
 
 def kept_stored(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The stored values (of its shape) kept in memory with a rounded ``tensor``; None where a file has them."""
+    """The stored values (of its shape) kept with a rounded ``tensor``; None where a file has them."""
     kept: torch.Tensor | None = getattr(tensor, _KEPT, None)
     return kept
 
