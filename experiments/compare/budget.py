@@ -113,11 +113,10 @@ class _Sizes:
 
     def shared(self, variant: Variant, changed: Mapping[str, Any]) -> tuple[int, int]:
         """(values, eligible entries) of a variant with some settings changed."""
-        from experiments.compare.reuse import workspace_for
+        from experiments.compare.reuse import sent_values, workspace_for
 
         workspace = workspace_for(self.config_of(variant, changed))
-        layout = workspace.layout(workspace.tasks[0])
-        return layout.shared_size, workspace.space.eligible_size
+        return sent_values(workspace), workspace.space.eligible_size
 
 
 def _match(study: Study, variant: Variant, sizes: _Sizes, done: Mapping[str, Mapping[str, Any]]) -> Match:

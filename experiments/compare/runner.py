@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,12 @@ import torch
 from clients.app import make_client_app
 from experiments.compare.clock import Clock, TimedApp, reset_peak_memory
 from experiments.compare.plan import Cell
-from experiments.compare.reuse import workspace_for
+from experiments.compare.reuse import sent_values, trained_values, workspace_for
 from experiments.engines import run_inprocess
 from experiments.results import measured_bytes, messages
 from experiments.runs import Run, read_run
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError
-from fedmask.tuner import tuning_of
 from server.record import Existing, is_run, machine, versions, write_json
 from server.resume import interrupted
 
@@ -51,7 +52,7 @@ def run_cell(task: Task) -> dict[str, Any]:
         "seed": task.cell.seed,
         "fingerprint": task.fingerprint,
         "settings": dict(task.settings),
-        "versions": versions(),
+        "versions": versions() | _commit(),
         "machine": machine(),
     }
     folder = Path(task.config.runs_dir) / task.config.name
@@ -84,14 +85,28 @@ def _run(config: RunConfig, folder: Path) -> dict[str, Any]:
     finally:
         torch.set_num_threads(threads)
     return measured(read_run(folder), clock) | {
-        "trained_values": sum(
-            part.values.numel()
-            for part in tuning_of(workspace.model(workspace.tasks[0])).trainables
-            if not part.segment.startswith("head/")
-        ),
+        "sent_values": sent_values(workspace),
+        "trained_values": trained_values(workspace),
         "stored_bytes": (folder / "delta.safetensors").stat().st_size,
         "config": _portable(config),
     }
+
+
+@lru_cache
+def _commit() -> dict[str, str]:
+    """The checkout's commit, ``+`` behind it where files differ; nothing for an installed copy."""
+    here, found = Path(__file__).parent, []
+    for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here), *command], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.SubprocessError):
+            return {}
+        if done.returncode:
+            return {}
+        found.append(done.stdout.strip())
+    return {"commit": found[0] + ("+" if found[1] else "")}
 
 
 def _existing(config: RunConfig, folder: Path) -> Existing:
@@ -108,13 +123,11 @@ def _existing(config: RunConfig, folder: Path) -> Existing:
 
 def measured(run: Run, clock: Clock) -> dict[str, Any]:
     """What a finished run's folder says, in the words of a result."""
-    layout = next(iter(run.facts["layout"].values()))
     pairs = max(1, len(run.ledger.totals("round", "client", kind="train", direction="up")))
     sums = {way: run.ledger.total(kind="train", direction=way) for way in ("up", "down")}
     clients = max(1, len(run.facts["partitions"]))
     masks = {way: run.ledger.total(kind="mask", direction=way).payload_bytes for way in ("up", "down")}
     return {
-        "sent_values": sum(size for name, size in layout if not name.startswith("head/")),
         "head_values": {
             task: sum(size for name, size in parts if name.startswith("head/"))
             for task, parts in run.facts["layout"].items()
