@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -27,6 +28,7 @@ def run_all(next_task: Next, jobs: int) -> Iterator[dict[str, Any]]:
             yield run_cell(task)
         return
     pool: list[_Process] = []
+    before = _stop_on_request()
     try:
         while True:
             busy = [process for process in pool if process.task is not None]
@@ -40,6 +42,22 @@ def run_all(next_task: Next, jobs: int) -> Iterator[dict[str, Any]]:
     finally:
         for process in pool:
             process.end()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop_on_request() -> Any:
+    """Let SIGTERM end the study as Ctrl-C does, so that no worker is left behind; the handler before.
+
+    None where this is not the main thread, which alone may say what a signal does.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    return signal.signal(signal.SIGTERM, stop)
 
 
 class _Process:
@@ -107,4 +125,6 @@ def _serve(pipe: Connection) -> None:
             task = pipe.recv()
         except (EOFError, OSError):  # the driver is gone
             return
-        pipe.send(run_cell(task))
+        result = run_cell(task)
+        with suppress(BrokenPipeError, ConnectionResetError):  # it is in its file, too
+            pipe.send(result)
