@@ -181,11 +181,12 @@ def report(run: RunFolder, json: Json = False) -> None:
 def ledger(
     run: RunFolder,
     by: Annotated[
-        str, typer.Option(help="Comma-separated: round, client, direction, kind, status.")
-    ] = "direction,kind",
+        str | None,
+        typer.Option(help="Sums alone, over any of round, client, direction, kind, status (by commas)."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Sum the bytes of a run's messages."""
+    """Say what a run's messages weighed, beside the formula and other ways."""
     from experiments.commands import show_ledger
 
     show_ledger(run, by, as_json=json)
@@ -255,6 +256,57 @@ def overlap(
     from experiments.overlap import show_overlap
 
     show_overlap(settings, rule, out, as_json=json)
+
+
+@app.command()
+def estimate(
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file, or a run's config.json (none: the demo's settings).")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="roberta-large, ... (built in), a folder, or a hub name.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="What is trained: pafi+hiwi, pafi, hiwi, ...")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of eligible entries in the mask, in (0, 1].")
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="mean or hf (the model's own).")] = None,
+    clients: Annotated[
+        int | None, typer.Option(help="One task with so many clients, instead of the settings' tasks.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="As for run. Repeatable.")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Labels of the task (a regression: 1), or tweets=3,bbc=5 (none: read the rows)."),
+    ] = None,
+    clients_per_round: Annotated[
+        int | None, typer.Option(help="Clients sampled per round (none: all).")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Number of rounds.")] = None,
+    up: Annotated[str | None, typer.Option(help="How changes travel to the server, as for run.")] = None,
+    down: Annotated[str | None, typer.Option(help="How values travel to the clients, as for run.")] = None,
+    mask_transport: Annotated[str | None, typer.Option(help="recipe (under 256 bytes) or packed.")] = None,
+    link: Annotated[
+        str, typer.Option(help="Each client's link: UP/DOWN in Mbit/s, or lte, dsl, cable, lan.")
+    ] = "10/50",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting as dotted.key=value. Repeatable.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say what a run would send and how long that takes, from shapes alone."""
+    from experiments.options import KEYS, build_config
+
+    given = locals()
+    asked = {key: given[key] for key in KEYS if key in given}
+    if clients is not None:
+        if task:
+            raise click.UsageError("--clients is one task's; give the clients of each --task in it")
+        task, labels = [f"task:{clients}"], labels or "2"
+    settings = build_config(config, asked, task or (), (), set_ or ())
+    from experiments.commands import show_estimate
+
+    show_estimate(settings, labels, link, as_json=json)
 
 
 def main(arguments: list[str] | None = None) -> None:

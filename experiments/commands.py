@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
 from experiments.display import print_json, print_table
 from experiments.runs import read_run
+from fedmask.config import RunConfig
 from fedmask.errors import ConfigError, unknown
 
 LEDGER_KEYS = ("round", "client", "direction", "kind", "status")
@@ -43,8 +45,62 @@ def show_mask(model: str, *, density: float, eligible: str, per_tensor: bool, as
     print_table("Where its entries lie", ("tensor", "shape", "masked", "of the tensor"), tensors, left=2)
 
 
-def show_ledger(folder: Path, by: str, *, as_json: bool) -> None:
-    """Sum a run's ledger over the keys named in ``by``. Raises ConfigError for an unknown key."""
+def show_ledger(folder: Path, by: str | None, *, as_json: bool) -> None:
+    """Print a run's bytes, or with ``by`` their sums over those keys. ConfigError for an unknown key."""
+    if by is not None:
+        _show_sums(folder, by, as_json=as_json)
+        return
+    from experiments.accounts import WAY_COLUMNS, accounts, way_cells
+
+    run = read_run(folder)
+    found = accounts(run)
+    if as_json:
+        print_json(found)
+        return
+    keys = ("direction", "kind", "status")
+    sums = [[row[key] for key in keys] + _figures(row) for row in found["totals"]["direction_kind_status"]]
+    total = ["all", "", "", *_figures(found["total"])]
+    print_table(f"Messages of {folder}", (*keys, *_FIGURES), [*sums, total], left=3)
+    for name in ("round", "client"):
+        rows = found["totals"][name]
+        shown = [[row[name], row["direction"], *_figures(row)] for row in rows[:MOST_ROWS]]
+        if len(rows) > MOST_ROWS:
+            shown.append(["...", f"{len(rows) - MOST_ROWS} more with --by {name},direction", "", "", ""])
+        print_table(f"By {name}", (name, "direction", *_FIGURES), shown, left=2)
+    formula = [
+        (row["direction"], *("-" if row[key] is None else f"{row[key]:,}" for key in _BESIDE),
+         f"{found['bits_per_backbone_parameter'][row['direction']]:.4g}")
+        for row in found["formula"]
+    ]  # fmt: skip
+    print_table(
+        "Masks and training: payload by formula, measured, and as whole messages; bits of payload per client,"
+        " round and backbone parameter",
+        ("direction", *(f"{key} bytes" for key in _BESIDE), "bits a parameter"),
+        formula,
+    )
+    print_table(
+        "The same run in other ways: payload per client and round, and all of it; the share of indices in it;"
+        " all of it with indices as released",
+        WAY_COLUMNS,
+        [way_cells(row) for row in found["ways"]],
+    )
+    wire = found["wire"]
+    if wire is None:
+        print("SuperLink's own counters: none (another engine, or another machine).")
+    else:
+        print(f"SuperLink's own counters: {wire['inbound']:,} bytes in, {wire['outbound']:,} bytes out.")
+
+
+MOST_ROWS = 20  # of rounds or clients on a screen; --json has them all
+_FIGURES = ("messages", "payload bytes", "message bytes")
+_BESIDE = ("formula", "payload", "message")
+
+
+def _figures(row: Mapping[str, int]) -> list[str]:
+    return [f"{row[name.replace(' ', '_')]:,}" for name in _FIGURES]
+
+
+def _show_sums(folder: Path, by: str, *, as_json: bool) -> None:
     keys = tuple(key.strip() for key in by.split(","))
     for key in keys:
         if key not in LEDGER_KEYS:
@@ -56,9 +112,51 @@ def show_ledger(folder: Path, by: str, *, as_json: bool) -> None:
         print_json({"rows": rows, "total": asdict(total)})
         return
     groups = [*sums.items(), (("all", *[""] * (len(keys) - 1)), total)]
-    cells = [(*group, *(f"{count:,}" for count in asdict(found).values())) for group, found in groups]
-    columns = (*keys, "messages", "payload bytes", "message bytes")
-    print_table(f"Messages of {folder}", columns, cells, left=len(keys))
+    cells = [(*group, *_figures(asdict(found))) for group, found in groups]
+    print_table(f"Messages of {folder}", (*keys, *_FIGURES), cells, left=len(keys))
+
+
+def show_estimate(config: RunConfig, labels: str | None, link: str, *, as_json: bool) -> None:
+    """Print what a run would send and how long that takes. Raises ConfigError and DataError."""
+    from experiments.estimate import estimate, label_counts, parse_link
+    from experiments.results import WAYS, size
+
+    found = estimate(config, label_counts(config, labels), parse_link(link))
+    if as_json:
+        print_json(found)
+        return
+    shared = {name: n for layout in found["layout"].values() for name, n in layout if "/" not in name}
+    heads = {name: n for layout in found["layout"].values() for name, n in layout if "/" in name}
+    count, total = sum(shared.values()), found["backbone_size"]
+    print(f"{config.method} on {config.model}: {count:,} of {total:,} backbone values ({count / total:.3%}),")
+    print(f"heads: {', '.join(f'{name} {n:,}' for name, n in heads.items())}")
+    print(f"{config.clients} clients, {config.rounds} rounds, up {found['codec']['up']}, down"
+          f" {found['codec']['down']}\n")  # fmt: skip
+    keys = ("kind", "direction")
+    rows = [[row[key] for key in keys] + _figures(row) for row in found["rows"]]
+    print_table("Messages", (*keys, *_FIGURES), [*rows, ["all", "", *_figures(found["total"])]], left=2)
+    each = [
+        (way, f"{one['payload_bytes']:,}", f"{one['message_bytes']:,}",
+         f"{found['bits_per_backbone_parameter'][way]:.4g}")
+        for way, one in found["per_client_round"].items()
+    ]  # fmt: skip
+    print_table("Per client and round", ("", "payload bytes", "message bytes", "bits a parameter"), each)
+    ways = [
+        (label, *(size(cost[f"{way}_bytes_per_client_round"]) for way in ("up", "down")),
+         size(cost["total_bytes"]),
+         f"{cost['total_bytes'] / max(1, found['costs']['this-run']['total_bytes']):.2f}",
+         f"{cost['index_share']:.1%}")
+        for way, label in {"this-run": "this run, by formula", **WAYS}.items()
+        if (cost := found["costs"].get(way))
+    ]  # fmt: skip
+    print_table(
+        "Payload in other ways: per client and round, and all of masks and training",
+        ("", "up", "down", "whole run", "times this run", "indices"),
+        ways,
+    )
+    seconds, speed = found["seconds"], found["link"]
+    print(f"On a link of {speed['up_mbit']:g} Mbit/s up and {speed['down_mbit']:g} down at each client:"
+          f" {seconds['round']:.2f} s a round, {seconds['run']:.1f} s in all (transfer alone).")  # fmt: skip
 
 
 def rebuild_report(folder: Path, *, as_json: bool) -> None:

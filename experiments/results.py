@@ -75,17 +75,22 @@ def measured_bytes(run: Run) -> int:
 
     The closing evaluation stands apart, and so does what only an interruption cost (``repeated``).
     """
-    return sum(row.payload_bytes for row in run.ledger if row.kind != "evaluate" and not _again(row))
+    return sum(row.payload_bytes for row in run.ledger if counted(row))
 
 
 def messages(run: Run) -> int:
     """Bytes of the whole messages that ``measured_bytes`` counts the payload of."""
-    return sum(row.message_bytes for row in run.ledger if row.kind != "evaluate" and not _again(row))
+    return sum(row.message_bytes for row in run.ledger if counted(row))
 
 
 def repeated(run: Run) -> int:
     """Payload that an uninterrupted run would not have had: rounds that broke off, and joining again."""
     return sum(row.payload_bytes for row in run.ledger if _again(row))
+
+
+def counted(row: LedgerRow) -> bool:
+    """Whether the tables count a message: masks and training, but not what only an interruption cost."""
+    return row.kind != "evaluate" and not _again(row)
 
 
 def _again(row: LedgerRow) -> bool:
@@ -102,13 +107,15 @@ def usable(run: Run) -> dict[str, int]:
 def comparisons(run: Run) -> list[dict[str, Any]]:
     """This run's payload as measured, then every way that ``fedmask.costs`` computed for the same schedule.
 
-    Each row: ``label``, ``up`` and ``down`` (bytes per client and round), ``total`` (the whole run),
+    Each row: ``way`` (its name in ``fedmask.costs``), ``label``, ``up`` and ``down`` (bytes per client and
+    round), ``total`` (the whole run),
     ``ratio`` (against this run), ``not_charged`` (what the bytes do not show).
     """
     total = measured_bytes(run)
     up, down = (row["payload"] for row in traffic(run))
     rows = [
         {
+            "way": "this-run",
             "label": f"this run ({run.config['method']}), measured",
             "up": up,
             "down": down,
@@ -123,6 +130,7 @@ def comparisons(run: Run) -> list[dict[str, Any]]:
             cost = costs[way]
             rows.append(
                 {
+                    "way": way,
                     "label": label,
                     "up": cost["up_bytes_per_client_round"],
                     "down": cost["down_bytes_per_client_round"],

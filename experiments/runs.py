@@ -11,16 +11,22 @@ from typing import Any
 from fedmask.errors import ConfigError
 from fedmask.ledger import Ledger
 
+WIRE = "wire.json"
+
 
 @dataclass(frozen=True)
 class Run:
-    """One run: ``config.json`` (settings and facts), one row a round, one row a message, the summary."""
+    """One run: ``config.json`` (settings and facts), one row a round, one row a message, the summary.
+
+    ``wire``: a SuperLink's own counters of the run in bytes (``inbound``, ``outbound``); None elsewhere.
+    """
 
     folder: Path
     record: dict[str, Any]
     rounds: list[dict[str, Any]]
     ledger: Ledger
     summary: dict[str, Any]
+    wire: dict[str, Any] | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -56,6 +62,7 @@ def read_run(folder: str | Path) -> Run:
         rounds=_lines(path / "rounds.jsonl"),
         ledger=Ledger.read_jsonl(path / "ledger.jsonl"),
         summary=_json(path / "summary.json"),
+        wire=_json(path / WIRE) if (path / WIRE).is_file() else None,
     )
 
 

@@ -18,9 +18,11 @@ from typing import Any
 import fedmask._env  # noqa: F401  (its switches are passed on to flwr)
 
 from experiments.bundle import app_folder
+from experiments.runs import WIRE
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError, FederationError
 from server.app import FOLDER_LINE
+from server.record import write_json
 
 # Run as a module of this interpreter: the script `flwr` need not be on the PATH.
 _FLWR = [sys.executable, "-c", "from flwr.cli.app import app; app()"]
@@ -38,12 +40,15 @@ class RemoteRun:
     """A run that ended well on a SuperLink.
 
     The ServerApp wrote ``folder`` on ``host``. ``summary`` is there when that is this machine, else None.
+    ``traffic``: the SuperLink's own counters of the run in bytes, ``inbound`` (from the SuperNodes) and
+    ``outbound``; also in the folder's ``wire.json`` when it is on this machine.
     """
 
     run_id: str
     folder: Path
     host: str
     summary: dict[str, Any] | None
+    traffic: dict[str, int]
 
 
 def run_superlink(
@@ -76,7 +81,7 @@ def run_superlink(
             )
         raise FederationError(f"the SuperLink took no run: {_last(lines) or f'flwr run ended with {code}'}")
     run_id = started.group(1)
-    status = _final_status(run_id, where)
+    status, traffic = _final_status(run_id, where)
     if status != "finished:completed":
         errors = _ERROR.findall(text)
         why = ": ".join(errors[-1]) if errors else "its log says why (flwr log " + run_id + ")"
@@ -85,7 +90,10 @@ def run_superlink(
     if not found:
         raise FederationError(f"run {run_id} completed, but its log does not say where the results are")
     path, host = Path(found[-1][0]), found[-1][1]
-    return RemoteRun(run_id, path, host, _summary(path, host))
+    summary = _summary(path, host)
+    if summary is not None and traffic:
+        write_json(path / WIRE, {"run_id": run_id, **traffic})
+    return RemoteRun(run_id, path, host, summary, traffic)
 
 
 def run_config_toml(config: RunConfig) -> str:
@@ -121,8 +129,11 @@ def _follow(arguments: Sequence[str], show: Callable[[str], None] | None) -> tup
     return process.returncode, lines
 
 
-def _final_status(run_id: str, where: Sequence[str]) -> str:
-    """``finished:...`` as the SuperLink says it; the log's stream can end a little earlier."""
+def _final_status(run_id: str, where: Sequence[str]) -> tuple[str, dict[str, int]]:
+    """``finished:...`` as the SuperLink says it, and its traffic counters.
+
+    The log's stream can end a little earlier.
+    """
     deadline = time.monotonic() + _SETTLE_SECONDS
     while True:
         asked = subprocess.run(
@@ -133,19 +144,23 @@ def _final_status(run_id: str, where: Sequence[str]) -> str:
             env=_environment(),
             check=False,
         )
-        status = _status(asked.stdout)
+        status, traffic = _listed(asked.stdout)
         if status.startswith("finished:"):
-            return status
+            return status, traffic
         if time.monotonic() > deadline:
-            return status or f"unknown ({_last(asked.stderr.splitlines()) or 'no answer'})"
+            said = status or f"unknown ({_last(asked.stderr.splitlines()) or 'no answer'})"
+            return said, traffic
         time.sleep(1.0)
 
 
-def _status(text: str) -> str:
+def _listed(text: str) -> tuple[str, dict[str, int]]:
+    """Status and traffic of the run that ``flwr ls --run-id`` lists; empty for any other answer."""
     try:
-        return str(json.loads(text)["runs"][0]["status"])
+        run = json.loads(text)["runs"][0]
+        counted = run["network-traffic"]
+        return str(run["status"]), {way: int(counted[f"{way}-bytes"]) for way in ("inbound", "outbound")}
     except (ValueError, LookupError, TypeError):
-        return ""
+        return "", {}
 
 
 def _environment() -> dict[str, str]:

@@ -4,10 +4,12 @@ The same rules for every way, so that they compare:
 
 - a client that takes part in a round receives the current values and sends its own, head included; the
   first round is charged like any other;
-- every value costs ``value_bytes``, whatever the way; indices cost the best code known, rounded up to whole
-  bytes a message, and are charged whenever the set is new to the one who reads it;
+- every value costs ``up_value_bytes`` or ``down_value_bytes``, whatever the way: all are allowed this run's
+  codecs; indices cost the best code known, rounded up to whole bytes a message, and are charged whenever the
+  set is new to the one who reads it. Released formats of indices (``INDEX_FORMATS``) stand beside it;
 - only bytes are charged: no data passes, scores, memory or trust. ``Cost.not_charged`` says what that hides.
 
+``this-run``      what this run sends, by the same rules: its own values, and what brings a client its mask.
 ``shared-mask``   the mask is a function of the checkpoint (PaFi, arXiv 2305.16742): a recipe, once a client.
 ``agreed-mask``   one task-specific mask (such as FISH, arXiv 2111.09839, or LT-SFT, arXiv 2110.07560) of the
                   same k on which all clients agree: each client sends its own choice once and receives the
@@ -24,19 +26,27 @@ The same rules for every way, so that they compare:
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from fedmask.codecs.indices import index_entropy_bytes
+from fedmask.amounts import independent_union, lora_values, query_value_shapes, union_sizes
+from fedmask.codecs import index_entropy_bytes
 from fedmask.errors import ConfigError
 
-_QUERY_VALUE = re.compile(
-    r"(^|\.)(query|value|q_proj|v_proj|q_lin|v_lin|q|v|c_attn|query_key_value)\.weight$"
-)
+__all__ = [
+    "INDEX_FORMATS",
+    "Cost",
+    "RunFacts",
+    "compare",
+    "independent_union",
+    "lora_values",
+    "query_value_shapes",
+    "union_sizes",
+]
+
+INDEX_FORMATS = {"two-int32": 8, "coo-int64": 16}
+"""Bytes an index of a matrix's entry in released formats: PEFT's SHiRA stores two int32, torch's sparse COO
+tensors (which FL4Health exchanges) two int64. Charged like the best code: only when the set is new."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,9 @@ class RunFacts:
     - ``backbone_size``: values of full fine-tuning, heads outside
     - ``client_heads``: head values of each client; ``schedule``: the clients of each round
     - ``beside``: further shared values that travel with any mask, such as feed-forward biases
-    - ``value_bytes``: bytes a value: 4 for fp32, 2 for fp16
+    - ``up_value_bytes``, ``down_value_bytes``: bytes a value each way (``fedmask.channel.value_bytes``)
     - ``recipe_bytes``: what a client receives to derive the shared mask
+    - ``once_up_bytes``, ``once_down_bytes``: what each client of this run exchanges once for its mask
     - ``mask_bytes``: measured bytes of a packed k-mask; None: the entropy bound
     - ``unions``: measured size of the union that each round's clients receive (``union_sizes``); None: the
       expectation for independent random masks (``independent_union``)
@@ -61,8 +72,11 @@ class RunFacts:
     client_heads: Sequence[int]
     schedule: Sequence[Sequence[int]]
     beside: int = 0
-    value_bytes: float = 4.0
+    up_value_bytes: float = 4.0
+    down_value_bytes: float = 4.0
     recipe_bytes: int = 256
+    once_up_bytes: int = 0
+    once_down_bytes: int = 0
     mask_bytes: int | None = None
     unions: Sequence[int] | None = None
     lora_values: int = 0
@@ -87,6 +101,8 @@ class RunFacts:
 class Cost:
     """Payload bytes of a whole run in one way. Index and head bytes are part of the up and down bytes.
 
+    ``mask_index_bytes``: bytes of packed indices alone, both directions, without recipes; ``mask_indices``:
+    how many indices those are.
     ``not_charged``: what the bytes do not show; ``assumes``: what stands in for a size not measured.
     """
 
@@ -97,6 +113,8 @@ class Cost:
     index_down_bytes: int = 0
     head_up_bytes: int = 0
     head_down_bytes: int = 0
+    mask_index_bytes: int = 0
+    mask_indices: int = 0
     client_rounds: int = 0
     not_charged: str = ""
     assumes: str = ""
@@ -126,6 +144,16 @@ class Cost:
         """Share of the heads in all bytes, 0 to 1."""
         return (self.head_up_bytes + self.head_down_bytes) / max(1, self.total_bytes)
 
+    def total_bytes_with(self, index_format: str) -> int:
+        """Both directions, with the indices in one of ``INDEX_FORMATS`` instead of the best code."""
+        return self.total_bytes - self.mask_index_bytes + self.mask_indices * INDEX_FORMATS[index_format]
+
+    def index_share_with(self, index_format: str) -> float:
+        """``index_share`` in that format."""
+        index = self.index_up_bytes + self.index_down_bytes - self.mask_index_bytes
+        index += self.mask_indices * INDEX_FORMATS[index_format]
+        return index / max(1, self.total_bytes_with(index_format))
+
     def to_dict(self) -> dict[str, object]:
         """All fields and derived figures, for JSON."""
         return asdict(self) | {
@@ -134,6 +162,10 @@ class Cost:
             "down_bytes_per_client_round": self.down_bytes_per_client_round,
             "index_share": self.index_share,
             "head_share": self.head_share,
+            "index_formats": {
+                name: {"total_bytes": self.total_bytes_with(name), "index_share": self.index_share_with(name)}
+                for name in INDEX_FORMATS
+            },
         }
 
 
@@ -142,7 +174,7 @@ def compare(facts: RunFacts) -> dict[str, Cost]:
 
     The mask ways are left out when nothing is masked (k = 0), LoRA when ``lora_values`` is 0.
     """
-    ways: dict[str, Cost] = {}
+    ways = {"this-run": _once("this-run", facts, facts.once_up_bytes, facts.once_down_bytes, "")}
     if facts.k:
         ways["shared-mask"] = _shared_mask(facts)
         ways["agreed-mask"] = _agreed_mask(facts)
@@ -151,48 +183,6 @@ def compare(facts: RunFacts) -> dict[str, Cost]:
     if facts.lora_values:
         ways["lora"] = _dense("lora", facts, facts.lora_values, "the bias of averaging the two factors apart")
     return ways
-
-
-def union_sizes(
-    masks: Mapping[int, NDArray[np.integer]], schedule: Sequence[Sequence[int]]
-) -> tuple[int, ...]:
-    """Measured unions, one a round: distinct indices in the masks of all clients of earlier rounds."""
-    known: NDArray[np.integer] = np.empty(0, np.int64)
-    seen: set[int] = set()
-    sizes = []
-    for sampled in schedule:
-        sizes.append(int(known.size))
-        for client in sampled:
-            if client not in seen:
-                known = np.union1d(known, masks[client])
-                seen.add(client)
-    return tuple(sizes)
-
-
-def independent_union(k: int, eligible_size: int, clients: int) -> int:
-    """Expected union of independent random masks, N (1 - (1 - k/N)^clients), rounded up.
-
-    An upper bound for masks that favour the same entries: scores of related data overlap more than chance.
-    """
-    if not k or not clients:
-        return 0
-    if k == eligible_size:
-        return k
-    return math.ceil(-eligible_size * math.expm1(clients * math.log1p(-k / eligible_size)))
-
-
-def lora_values(shapes: Iterable[Sequence[int]], rank: int = 8) -> int:
-    """Values of both factors over the adapted matrices [d_out, d_in]: sum of rank x (d_out + d_in)."""
-    return sum(rank * (shape[0] + shape[1]) for shape in shapes)
-
-
-def query_value_shapes(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """Shapes of the query and value projections among named weights, LoRA's usual targets.
-
-    A fused projection (``c_attn``, ``query_key_value``) counts as one matrix, as the PEFT library adapts it.
-    """
-    pairs = zip(names, shapes, strict=True)
-    return [shape for name, shape in pairs if len(shape) == 2 and _QUERY_VALUE.search(name)]
 
 
 def _indices(k: int, size: int) -> int:
@@ -208,20 +198,30 @@ class _Sum:
 
     def __init__(self, facts: RunFacts) -> None:
         self._facts = facts
-        self._sums = dict.fromkeys(("up", "down", "index_up", "index_down", "head_up", "head_down"), 0)
+        names = ("up", "down", "index_up", "index_down", "head_up", "head_down", "mask_index")
+        self._sums, self._indices = dict.fromkeys(names, 0), 0
 
-    def message(self, direction: str, values: int, client: int, index: int = 0) -> None:
+    def message(self, direction: str, values: int, client: int, index: int = 0, indices: int = 0) -> None:
+        """``index`` bytes say which entries; ``indices``: how many packed indices they are (0: a recipe)."""
         head = self._facts.client_heads[client]
-        head_bytes = math.ceil(head * self._facts.value_bytes)
-        all_bytes = math.ceil((values + head) * self._facts.value_bytes)
-        self._sums[direction] += all_bytes + index
+        width = self._facts.up_value_bytes if direction == "up" else self._facts.down_value_bytes
+        self._sums[direction] += math.ceil((values + head) * width) + index
         self._sums[f"index_{direction}"] += index
-        self._sums[f"head_{direction}"] += head_bytes
+        self._sums[f"head_{direction}"] += math.ceil(head * width)
+        self._sums["mask_index"] += index * bool(indices)
+        self._indices += indices
 
     def cost(self, way: str, not_charged: str, assumes: str = "") -> Cost:
         sums = {f"{name}_bytes": value for name, value in self._sums.items()}
         rounds = sum(len(sampled) for sampled in self._facts.schedule)
-        return Cost(way, **sums, client_rounds=rounds, not_charged=not_charged, assumes=assumes)
+        return Cost(
+            way,
+            **sums,
+            mask_indices=self._indices,
+            client_rounds=rounds,
+            not_charged=not_charged,
+            assumes=assumes,
+        )
 
 
 def _dense(way: str, facts: RunFacts, values: int, not_charged: str) -> Cost:
@@ -233,16 +233,19 @@ def _dense(way: str, facts: RunFacts, values: int, not_charged: str) -> Cost:
     return total.cost(way, not_charged)
 
 
-def _once(way: str, facts: RunFacts, up: int, down: int, not_charged: str) -> Cost:
-    """Values both ways; ``up`` and ``down`` bytes of indices when a client takes part for the first time."""
+def _once(way: str, facts: RunFacts, up: int, down: int, not_charged: str, indices: int = 0) -> Cost:
+    """Values both ways; ``up`` and ``down`` bytes of indices when a client takes part for the first time.
+
+    ``indices``: how many packed ones that is each way.
+    """
     total = _Sum(facts)
     seen: set[int] = set()
     for sampled in facts.schedule:
         for client in sampled:
             new = client not in seen
             seen.add(client)
-            total.message("down", facts.k + facts.beside, client, down * new)
-            total.message("up", facts.k + facts.beside, client, up * new)
+            total.message("down", facts.k + facts.beside, client, down * new, indices * new)
+            total.message("up", facts.k + facts.beside, client, up * new, indices * new)
     return total.cost(way, not_charged)
 
 
@@ -255,7 +258,7 @@ def _agreed_mask(facts: RunFacts) -> Cost:
     hidden = (
         "passes over local data to score the weights, the scores' memory, telling the server about the data"
     )
-    return _once("agreed-mask", facts, index, index, hidden)
+    return _once("agreed-mask", facts, index, index, hidden, facts.k)
 
 
 def _client_masks(facts: RunFacts) -> Cost:
@@ -272,8 +275,9 @@ def _client_masks(facts: RunFacts) -> Cost:
             before = min(holds.get(client, 0), union)
             index = _indices(union - before, facts.eligible_size - before)
             holds[client] = union
-            total.message("down", union + facts.beside, client, index)
-            total.message("up", facts.k + facts.beside, client, own * (client not in seen))
+            new = client not in seen
+            total.message("down", union + facts.beside, client, index, union - before)
+            total.message("up", facts.k + facts.beside, client, own * new, facts.k * new)
         seen.update(sampled)
     hidden = "passes over local data to score the weights, the scores' memory, merging unequal masks"
     assumes = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -126,6 +126,13 @@ def parameter_space(model: nn.Module, eligible: Eligible = "linear") -> Paramete
 
     Raises ConfigError for an unknown set and for a model that has no such tensor.
     """
+    return shape_space(model, eligible, checkpoint_digest)
+
+
+def shape_space(
+    model: nn.Module, eligible: Eligible = "linear", digest: Callable[[nn.Module], str] = lambda model: ""
+) -> ParameterSpace:
+    """``parameter_space`` from shapes alone: without ``digest`` the checkpoint's is empty."""
     if eligible not in ELIGIBLE:
         from fedmask.errors import unknown
 
@@ -145,7 +152,7 @@ def parameter_space(model: nn.Module, eligible: Eligible = "linear") -> Paramete
         shapes=shapes,
         offsets=offsets,
         excluded=_padding_rows(model, dict(zip(chosen, offsets, strict=False))),
-        checkpoint=checkpoint_digest(model),
+        checkpoint=digest(model),
     )
 
 

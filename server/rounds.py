@@ -17,6 +17,7 @@ import fedmask._env  # noqa: F401  (before flwr is imported)
 from flwr.serverapp import Grid
 
 from fedmask.channel import up_codec
+from fedmask.config import RunConfig
 from fedmask.errors import EnvelopeError, FederationError
 from fedmask.flower import EVALUATE, EXAMPLES, HELD_OUT, TRAIN, behind_version
 from fedmask.ledger import Ledger
@@ -45,6 +46,15 @@ def most_claims(workspace: Workspace) -> dict[int, Most]:
     return out
 
 
+def sample_clients(config: RunConfig, joined: Sequence[int], round: int) -> tuple[int, ...]:
+    """The partitions asked in a round, of those that ``joined`` (sorted)."""
+    count = min(config.server.clients_per_round or len(joined), len(joined))
+    if count == len(joined):
+        return tuple(joined)
+    rng = rng_for(config.seed, round, -1, "sample")
+    return tuple(sorted(int(client) for client in rng.choice(joined, size=count, replace=False)))
+
+
 class Federation:
     """One run's server: everything between joining and the summary."""
 
@@ -70,12 +80,7 @@ class Federation:
 
     def sample(self, round: int) -> tuple[int, ...]:
         """The partitions asked in a round: a function of seed, round and who joined, of nothing else."""
-        joined = sorted(self.roster.nodes)
-        count = min(self.config.server.clients_per_round or len(joined), len(joined))
-        if count == len(joined):
-            return tuple(joined)
-        rng = rng_for(self.config.seed, round, -1, "sample")
-        return tuple(sorted(int(client) for client in rng.choice(joined, size=count, replace=False)))
+        return sample_clients(self.config, sorted(self.roster.nodes), round)
 
     def start_row(self, dev: Scores, began: float) -> Row:
         """Round 0: what the untrained model scores (``dev``), and who did not join."""

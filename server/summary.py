@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from fedmask.channel import value_bytes
+from fedmask.codecs import pack_indices
 from fedmask.costs import RunFacts, compare, lora_values, query_value_shapes
 from fedmask.delta import write_delta
+from fedmask.methods import TASK_SPECIFIC
 from fedmask.space import backbone_parameters
 from fedmask.tuner import tuning_of
 from fedmask.workspace import Workspace
@@ -52,6 +54,7 @@ def costs(
     k = mask.k if mask else 0
     backbone = backbone_parameters(workspace.backbone.model)
     recipe = workspace.recipe()
+    once = _for_the_mask(workspace)
     found = compare(
         RunFacts(
             k=k,
@@ -60,10 +63,28 @@ def costs(
             client_heads=[heads[workspace.task_of(client)] for client in range(config.clients)],
             schedule=schedule,
             beside=shared - k,
-            value_bytes=value_bytes(config.up),
+            up_value_bytes=value_bytes(config.up),
+            down_value_bytes=value_bytes(config.down),
             recipe_bytes=len(recipe.to_json().encode()) if recipe else 0,
+            once_up_bytes=once[0],
+            once_down_bytes=once[1],
             unions=unions,
             lora_values=lora_values(query_value_shapes(list(backbone), [p.shape for p in backbone.values()])),
         )
     )
     return {way: cost.to_dict() for way, cost in found.items()}
+
+
+def _for_the_mask(workspace: Workspace) -> tuple[int, int]:
+    """Payload that each client sends and receives once so that it holds the run's mask."""
+    config, mask = workspace.config, workspace.mask
+    if mask is None:
+        return 0, 0
+    specific = config.method in TASK_SPECIFIC
+    recipe = 0 if specific else len(mask.recipe().to_json().encode())
+    if not specific and config.mask_transport == "recipe":
+        return 0, recipe
+    packed = len(pack_indices(mask.indices, mask.space.size, mask.space.offsets))
+    if not specific or config.placement == "server":
+        return 0, recipe + packed
+    return packed + 2 * mask.k * (config.agree_by == "scores"), packed

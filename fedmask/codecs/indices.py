@@ -136,6 +136,8 @@ def _unpack_one(kind: int, reader: Reader, size: int, most: int) -> Indices:
     if kind == _BITMAP:
         data = np.frombuffer(reader.take(-(-size // 8), "bitmap"), np.uint8)
         reader.end("bitmap")
+        if (found := _ones(data)) > most:
+            raise WrongLength(f"packed indices: expected at most {most} indices, found {found}")
         return np.flatnonzero(unpack_small(data, size, 1).view(bool))
     if kind not in (_GOLOMB, _COMPLEMENT):
         raise Malformed(f"packed indices: expected a known kind (0 to 3), found {kind}; update fedmask here")
@@ -210,9 +212,11 @@ def _read_golomb(reader: Reader, k: int, size: int) -> Indices:
     extra = unpack_fixed(reader.take(fixed_bytes(longer.size, 1), "extra bits"), longer.size, 1)
     gaps[longer] = 2 * gaps[longer] - short + extra
     unary = np.frombuffer(reader.take(reader.left, "quotients"), np.uint8)
+    # Counted before they are unpacked: what is allocated must follow k, not the bytes that somebody sent.
+    found = _ones(unary) if unary.size <= (k + size // divisor) // 8 + 1 else -1
+    if found != k or unary[-1] == 0:
+        raise Malformed(f"packed indices: expected {k} quotients, found {unary.size} bytes with {found} ends")
     ends = np.flatnonzero(np.unpackbits(unary, bitorder="little").view(bool))
-    if ends.size != k or ends[-1] // 8 != unary.size - 1:
-        raise Malformed(f"packed indices: expected {k} quotients in {unary.size} bytes, found {ends.size}")
     if (int(ends[-1]) + 1 - k) * divisor > size:
         raise Malformed(f"packed indices: expected indices below {size}, found larger ones")
     # index_i = i + sum of the gaps up to i, and ends_i = i + sum of the quotients up to i
@@ -226,6 +230,11 @@ def _read_golomb(reader: Reader, k: int, size: int) -> Indices:
     if indices[-1] >= size:
         raise Malformed(f"packed indices: expected indices below {size}, found {int(indices[-1])}")
     return indices
+
+
+def _ones(data: NDArray[np.uint8]) -> int:
+    """Set bits in uint8[n]."""
+    return int(np.bitwise_count(data).sum())
 
 
 # Sections ---------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ BAD_REPLIES: dict[str, tuple[Callable[[Message], Message], str]] = {
     "floats": (lambda m: _array(m, Array(np.zeros(9, np.float32))), "uint8"),
     "a matrix": (lambda m: _array(m, Array(np.zeros((3, 3), np.uint8))), "uint8"),
     "another format": (lambda m: _array(m, Array("uint8", (3,), "other", b"abc")), "uint8"),
-    "an archive": (lambda m: _array(m, _archive()), "found a NpzFile"),
+    "an archive": (lambda m: _array(m, _archive()), "cannot be read"),
     "a lie about the array": (
         lambda m: _array(m, Array("uint8", (3,), "numpy.ndarray", b"abc")),
         "cannot be read",
@@ -191,6 +191,40 @@ def test_bad_replies_change_nothing(make_config: MakeConfig) -> None:
     clean = run_on(TamperedGrid(config, lambda _c, _r, reply: [reply], quick_app))
     assert spoilt.summary["vector_sha256"] == absent.summary["vector_sha256"]
     assert spoilt.summary["vector_sha256"] != clean.summary["vector_sha256"]
+
+
+def test_fuzzed_replies_never_end_a_round(make_config: MakeConfig) -> None:
+    """Two of four clients send damaged bytes in 25 rounds: in the array, below it, or under a checksum of
+    their own."""
+    config = make_config(clients=(3, 1), rounds=25, eval_rows=2)
+    rng = np.random.default_rng(5)
+
+    def damaged(data: bytes) -> bytes:
+        out = bytearray(data)
+        for _ in range(int(rng.integers(1, 9))):
+            out[int(rng.integers(len(out)))] = int(rng.integers(256))
+        return bytes(out[: int(rng.integers(len(out)))] if rng.integers(3) == 0 else out)
+
+    def spoil(client: int, number: int, reply: Message) -> list[Message]:
+        if client in (0, 3):
+            return [reply]
+        if number % 3 == 0:  # what NumPy would read
+            array = reply.content.array_records[ARRAYS][UPDATE]
+            raw = Array("uint8", array.shape, "numpy.ndarray", damaged(array.data))
+            return [_array(reply, raw)]
+        data = damaged(_envelope(reply))
+        if number % 3 == 1 and len(data) > 9:
+            data = data[:5] + struct.pack("<I", zlib.crc32(data[9:])) + data[9:]
+        return [_changed(reply, bytes_record(data))]
+
+    rows = read_rows(run_on(TamperedGrid(config, spoil, quick_app)).folder, "rounds")[1:]
+    assert len(rows) == 25
+    assert all({0, 3} <= set(row["replied"]) for row in rows)
+    refused = [one for row in rows for one in row["rejected"]]
+    assert len(refused) > 40 and {one["client"] for one in refused} == {1, 2}
+    assert all("\n" not in one["reason"] for one in refused)
+    finite = [value for row in rows for value in row["dev"]["mood"].values()]
+    assert np.all(np.isfinite(finite))
 
 
 def test_scores_below_zero_count(make_config: MakeConfig) -> None:

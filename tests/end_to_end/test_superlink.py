@@ -10,15 +10,34 @@ import socket
 import subprocess
 import sysconfig
 import time
+import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 
-from experiments.engines import run_inprocess, run_superlink
+import fedmask._env  # noqa: F401  (before flwr is imported)
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.serde import message_to_proto
+from flwr.proto.fleet_pb2 import (
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
+    Reconnect,
+)
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
+
+from experiments.engines import RemoteRun, run_inprocess, run_superlink
+from experiments.runs import read_run
 from fedmask.config import RunConfig, from_dict
 from fedmask.errors import ConfigError, FederationError
+from fedmask.flower import ensure_identity, reply_content
+from fedmask.ledger import Ledger
+from tests.end_to_end.proxy import CountingProxy, Wire
 from tests.support import save_two_tasks
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -64,9 +83,17 @@ def _members(home: Path) -> list[int]:
     return found
 
 
+@dataclass(frozen=True)
+class Site:
+    """FLWR_HOME of a SuperLink, and the proxy through which its SuperNodes reach it."""
+
+    home: Path
+    proxy: CountingProxy
+
+
 @pytest.fixture
-def superlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """FLWR_HOME of a SuperLink with two SuperNodes; nothing of them is left afterwards."""
+def superlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A SuperLink with two SuperNodes; nothing of them is left afterwards."""
     home = tmp_path / "flower"
     home.mkdir()
     monkeypatch.setenv("FLWR_HOME", str(home))
@@ -76,6 +103,7 @@ def superlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     )
     here = ["--insecure", "--host", "127.0.0.1", "--port"]
     started = [_start(home, "link", ["flower-superlink", *here, str(port)])]
+    proxy = CountingProxy(port)
     try:
         for node in range(2):
             place = ["--node-config", f"partition-id={node} num-partitions=2"]
@@ -84,12 +112,12 @@ def superlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
                 *here,
                 str(_free_port()),
                 "--superlink",
-                f"127.0.0.1:{port}",
+                f"127.0.0.1:{proxy.port}",
                 *place,
             ]
             started.append(_start(home, f"node-{node}", arguments))
         _wait_for(f"http://127.0.0.1:{port}/health")
-        yield home
+        yield Site(home, proxy)
     except BaseException:
         for log in sorted(home.glob("*.log")):
             print(f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}")
@@ -97,6 +125,7 @@ def superlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     finally:
         for process in reversed(started):
             _stop(process)
+        proxy.close()
         deadline = time.monotonic() + 20
         while _members(home) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -141,6 +170,70 @@ def config(tmp_path: Path) -> RunConfig:
     )
 
 
+def check_bytes(remote: RemoteRun, here: Ledger, wire: Wire) -> None:
+    """The ledger is that of the same run in process; SuperLink's counter and the wire follow from it."""
+    there = Ledger.read_jsonl(remote.folder / "ledger.jsonl")
+    assert sorted(map(repr, there)) == sorted(map(repr, here))  # payload and message bytes, each to the byte
+    assert read_run(remote.folder).wire == {"run_id": remote.run_id, **remote.traffic}
+    print(
+        "\n     payload  messages  explained  SuperLink  objects by HTTP  whole wire  of it the app's bundle"
+    )
+    for way, counted, request in (("up", "inbound", "push-object"), ("down", "outbound", "pull-object")):
+        ours = there.total(direction=way)
+        # Flower's own requests name each message, its head and its objects once more.
+        explained = ours.message_bytes + sum(_named_again(row.kind, row.direction, way) for row in there)
+        assert remote.traffic[counted] == pytest.approx(explained, rel=0.01)
+        # On the wire each object has a request of its own, with HTTP's lines and headers.
+        objects = sum(OBJECTS[row.kind, way] for row in there if row.direction == way)
+        crossed = wire[request, way]
+        assert ours.message_bytes < crossed < ours.message_bytes + MOST_HTTP * objects
+        whole = sum(count for (_, found), count in wire.items() if found == way)
+        assert remote.traffic[counted] < whole
+        print(
+            f"{way:<4}{ours.payload_bytes:>8,}{ours.message_bytes:>10,}{explained:>11,}{remote.traffic[counted]:>11,}"
+            f"{crossed:>17,}{whole:>12,}{wire['get-fab', way]:>25,}"
+        )
+
+
+# Message, its records, and with an update one array of one chunk: never more.
+OBJECTS = {("mask", "down"): 3, ("mask", "up"): 3, ("train", "down"): 6, ("train", "up"): 6,
+           ("evaluate", "down"): 6, ("evaluate", "up"): 3}  # fmt: skip
+MOST_HTTP = 1500  # bytes of lines, headers and ids around one object
+
+
+def _named_again(kind: str, direction: str, way: str) -> int:
+    """Bytes that SuperLink's counter has in ``way`` beside a message's own objects, by Flower's formats."""
+    ensure_identity()
+    content = {
+        "mask": RecordDict({"config": ConfigRecord({})}),
+        "train": reply_content(b"x", {}),
+        "evaluate": reply_content(b"x" if direction == "down" else None, {}),
+    }[kind]
+    message = Message(
+        content, dst_node_id=2**64 - 1, message_type="query.join" if kind == "mask" else kind, ttl=1.0
+    )
+    if direction == "up":
+        message.metadata.__dict__["_message_id"] = "0" * 64
+        message = Message(content, reply_to=message)
+    for number in ("run_id", "src_task_id" if direction == "down" else "dst_task_id"):
+        message.metadata.__dict__[f"_{number}"] = 2**64 - 1
+    message.metadata.__dict__["_message_id"] = message.object_id
+    tree = get_object_tree(message)
+    message.content = RecordDict()  # it travels as objects
+    head = {"messages_list": [message_to_proto(message)], "message_object_trees": [tree]}
+    node = Node(node_id=2**64 - 1)
+    if direction == "down":
+        asked, said = PullMessagesRequest(node=node), PullMessagesResponse(**head)
+    else:
+        names = [one.object_id for one in iterate_object_tree(tree)]
+        asked = PushMessagesRequest(node=node, clientapp_runtime_list=[1.0], **head)
+        said = PushMessagesResponse(
+            reconnect=Reconnect(reconnect=5), results={names[0]: 0}, objects_to_push=names,
+            session_id=str(uuid.uuid4()),
+        )  # fmt: skip
+    return (asked if way == "up" else said).ByteSize()
+
+
 def test_what_flwr_puts_in_a_box_becomes_one_plain_line(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,9 +255,12 @@ def test_what_flwr_puts_in_a_box_becomes_one_plain_line(
 
 
 @pytest.mark.timeout(280)
-def test_a_superlink_gives_the_same_bits_and_tells_the_truth(superlink: Path, config: RunConfig) -> None:
+def test_a_superlink_gives_the_same_bits_and_bytes_and_tells_the_truth(
+    superlink: Site, config: RunConfig
+) -> None:
     log: list[str] = []
     remote = run_superlink(config, "here", show=log.append)
+    wire = superlink.proxy.counted()
     assert remote.folder == Path(config.runs_dir) / "remote"
     assert remote.host == socket.gethostname()
     assert (remote.folder / "report.md").is_file()
@@ -174,9 +270,8 @@ def test_a_superlink_gives_the_same_bits_and_tells_the_truth(superlink: Path, co
     here = run_inprocess(from_dict(record["config"] | {"name": "here"}))
     assert remote.summary is not None
     assert remote.summary["vector_sha256"] == here.summary["vector_sha256"]
-    for way in ("up", "down"):
-        assert remote.summary["bytes"][way] == here.summary["bytes"][way]
+    check_bytes(remote, Ledger.read_jsonl(here.folder / "ledger.jsonl"), wire)
     # flwr run itself ends with exit code 0 for this one.
-    broken = config.model_copy(update={"name": "broken", "model": str(superlink / "nothing")})
+    broken = config.model_copy(update={"name": "broken", "model": str(superlink.home / "nothing")})
     with pytest.raises(FederationError, match=r"run \d+ ended as finished:failed: ConfigError: .*nothing"):
         run_superlink(broken)

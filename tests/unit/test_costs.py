@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedmask.channel import value_bytes
 from fedmask.costs import (
     RunFacts,
     compare,
@@ -23,6 +24,7 @@ TINY = RunFacts(
     client_heads=(2, 3),
     schedule=((0,), (0, 1), (0, 1)),
     recipe_bytes=10,
+    once_down_bytes=10,
     unions=(0, 4, 7),
     lora_values=16,
 )
@@ -76,8 +78,9 @@ def test_full_and_lora_by_hand() -> None:
 
 def test_half_precision_and_biases_count_in_every_way() -> None:
     facts = RunFacts(
-        4, 64, 100, (2, 3), TINY.schedule, beside=5, value_bytes=2, mask_bytes=11, unions=(0, 4, 7)
-    )
+        4, 64, 100, (2, 3), TINY.schedule, beside=5, up_value_bytes=2, down_value_bytes=2, mask_bytes=11,
+        unions=(0, 4, 7),
+    )  # fmt: skip
     ways = compare(facts)
     up = 3 * (4 + 5 + 2) * 2 + 2 * (4 + 5 + 3) * 2
     assert ways["shared-mask"].up_bytes == up
@@ -91,13 +94,37 @@ def test_half_precision_and_biases_count_in_every_way() -> None:
 
 
 def test_quarter_bytes_round_up_by_message() -> None:
-    facts = RunFacts(3, 64, 9, (0,), ((0,), (0,)), value_bytes=0.25)
+    facts = RunFacts(3, 64, 9, (0,), ((0,), (0,)), up_value_bytes=0.25)
     assert compare(facts)["shared-mask"].up_bytes == 2
     assert compare(facts)["full"].up_bytes == 6
+    assert compare(facts)["full"].down_bytes == 2 * 9 * 4  # the other direction has its own
 
 
 def test_without_a_mask_only_dense_ways_remain() -> None:
-    assert list(compare(RunFacts(0, 64, 100, (1,), ((0,),)))) == ["full"]
+    ways = compare(RunFacts(0, 64, 100, (1,), ((0,),), beside=7))
+    assert list(ways) == ["this-run", "full"]
+    assert (ways["this-run"].up_bytes, ways["this-run"].down_bytes) == (32, 32)  # no recipe
+
+
+def test_released_formats_of_indices_by_hand() -> None:
+    ways = compare(TINY)
+    agreed = ways["agreed-mask"]
+    assert (agreed.mask_indices, agreed.mask_index_bytes) == (2 * 2 * 4, 12)  # two clients, both ways, k = 4
+    assert agreed.total_bytes_with("two-int32") == 268 - 12 + 16 * 8
+    assert agreed.index_share_with("coo-int64") == pytest.approx(256 / (256 + 256))
+    # Down: 4 to each client in round 2, 3 more in round 3; up: 4 of each client once.
+    assert ways["client-masks"].mask_indices == 8 + 6 + 8
+    for way in ("this-run", "shared-mask", "full"):  # a recipe is no index
+        assert ways[way].total_bytes_with("coo-int64") == ways[way].total_bytes
+    assert ways["this-run"].total_bytes == ways["shared-mask"].total_bytes
+    assert ways["this-run"].index_share == ways["this-run"].index_share_with("two-int32") > 0
+
+
+@pytest.mark.parametrize(
+    ("codec", "most"), [("fp32", 4.0), ("fp16", 2.0), ("int8", 1.02), ("int4+ef", 0.53), ("sign", 0.14)]
+)
+def test_bytes_a_value_are_those_of_the_codec(codec: str, most: float) -> None:
+    assert 0.94 * most < value_bytes(codec) <= most
 
 
 def test_figures_are_json() -> None:
