@@ -29,6 +29,7 @@ from fedmask.flower import (
     EVALUATE,
     EXAMPLES,
     HELD_OUT,
+    KERNEL,
     LOSSES,
     MASK,
     PRECISION,
@@ -138,7 +139,7 @@ def joining(config: RunConfig, shapes: Shapes) -> list[Pair]:
     """What each client exchanges before round 1: the offer, and where it takes that, votes and the mask."""
     specific = config.method in TASK_SPECIFIC
     recipe = "" if specific else recipe_of(config)
-    offer = RecordDict({CONFIG: ConfigRecord({RECIPE: recipe, PRECISION: "fp32"})})
+    offer = RecordDict({CONFIG: ConfigRecord({RECIPE: recipe, PRECISION: "fp32", KERNEL: "sampled"})})
     said = {"partition": 1, "status": "ok", "digest": _DIGEST, "checkpoint": _DIGEST}
     answer = RecordDict({CONFIG: ConfigRecord(said)})  # type: ignore[arg-type]
     out: list[Pair] = [_exchange(offer, answer, QUERY_JOIN)]

@@ -51,7 +51,7 @@ def read_shapes(config: RunConfig) -> Shapes:
         k = mask_size(config.density, space.eligible_size) if space else 0
         bare = replace(method, mask=None)
         on_weights = method.biases == "adapter" and config.adapter.target == "weight"
-        parts = [] if on_weights else backbone_trainables(bare, model, None, config.adapter)
+        parts = [] if on_weights else backbone_trainables(bare, model, None, config)
         shared = [Segment("mask", k)] * bool(k) + [Segment(part.segment, part.size) for part in parts]
     shapes = {name: tuple(p.shape) for name, p in backbone_parameters(model).items()}
     return Shapes(tuple(shared), k, space, shapes, model)

@@ -137,4 +137,5 @@ class LoRA(Trainable):
 def _kaiming(draw: Draw, name: str, rank: int, inputs: int) -> torch.Tensor:
     """The start of A, flat float32 ``[rank * inputs]``."""
     bound = inputs**-0.5
-    return torch.from_numpy(draw(f"lora/{name}").uniform(-bound, bound, rank * inputs)).float()
+    # as_tensor: on the default device, which is torch's "meta" where only shapes are wanted (fedmask.shapes).
+    return torch.as_tensor(draw(f"lora/{name}").uniform(-bound, bound, rank * inputs), dtype=torch.float32)

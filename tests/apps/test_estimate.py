@@ -24,7 +24,7 @@ LABELS = {"mood": 2, "topic": 3}
         {"method": "pafi", "up": "fp16", "mask_transport": "packed", "density": 0.05},
         {"method": "hiwi", "up": "topk:0.1/int8", "down": "int4+delta", "server": {"clients_per_round": 2}},
         {"method": "gradient", "up": "int8", "down": "int4+delta", "rounds": 3},
-        {"method": "full", "up": "sign", "down": "fp16"},
+        {"method": "lora", "up": "sign", "down": "fp16"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
