@@ -1,4 +1,5 @@
 # make demo   create .venv, install, run a real federation, write runs/demo/ (an older runs/demo is replaced)
+# make test-containers   build the image, run federations in containers, break them (needs Docker, or Debian and root)
 # make test   create .venv if need be, install the dev extra, run every check and test
 # make lint   the checks alone
 # make bench  the benchmarks; results go to runs/benchmarks
@@ -30,7 +31,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-containers lint bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -40,6 +41,9 @@ demo: $(VENV)/.demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-containers: $(VENV)/.dev
+	FEDMASK_TEST_CONTAINERS=1 $(BIN)/python -m pytest tests/end_to_end/containers
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -17,11 +17,12 @@ from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Context, Mes
 from flwr.clientapp import ClientApp
 
 from clients.link import held_version, packed_change, received
+from clients.seat import claim_seat, seat_of
 from clients.specific import own_scores
 from fedmask.channel import Behind
 from fedmask.codecs import unpack_indices
 from fedmask.config import RunConfig
-from fedmask.errors import CheckpointError, ConfigError, unknown
+from fedmask.errors import CheckpointError, unknown
 from fedmask.flower import (
     ARRAYS,
     CONFIG,
@@ -29,8 +30,10 @@ from fedmask.flower import (
     HELD,
     KERNEL,
     MASK,
+    NOT_JOINED,
     PRECISION,
     RECIPE,
+    SEAT,
     RecordError,
     behind_content,
     bytes_record,
@@ -69,23 +72,25 @@ def make_client_app(
         workspace.use_precision(_precision(context, settings))
         workspace.use_kernel(_kernel(context, workspace))
         _use_stored_mask(workspace, context)
-        return workspace, _partition(context, settings)
+        return workspace, seat_of(context, settings)
 
     @app.query("join")
     def join(message: Message, context: Context) -> Message:
         settings = settings_of(context)
-        partition = _partition(context, settings)
-        if partition >= settings.clients:
-            answer = ConfigRecord({"partition": partition, "status": "spare"})
+        seat = claim_seat(context, settings, _one(message.content, CONFIG, ConfigRecord))
+        if seat is None or seat[0] >= settings.clients:
+            answer = ConfigRecord({"partition": seat[0] if seat else settings.clients, "status": "spare"})
             return Message(RecordDict({CONFIG: answer}), reply_to=message)
         _keep_choices(context, settings, message.content)
-        workspace, _ = enter(context)
+        workspace, partition = enter(context)
         reason = workspace.cannot_train()
         if reason:
             return Message(_confirmation(workspace, partition, "unable", reason), reply_to=message)
         said = _join(workspace, partition, message.content)
         if held := held_version(context):
             said[CONFIG] = ConfigRecord({**said.config_records[CONFIG], HELD: held})
+        if seat[1] != "numbered":
+            said[CONFIG] = ConfigRecord({**said.config_records[CONFIG], SEAT: seat[1]})
         return Message(said, reply_to=message)
 
     @app.query("mask")
@@ -199,7 +204,9 @@ def _precision(context: Context, config: RunConfig) -> Precision:
     kept = context.state.get(PRECISION)
     chosen = kept.get(PRECISION) if isinstance(kept, ConfigRecord) else config.precision
     if chosen == "auto":
-        raise RecordError("expected a join message with the precision before any other, found none")
+        raise RecordError(
+            f"{NOT_JOINED}: expected a join message with the precision before any other, found none"
+        )
     return cast(Precision, chosen)
 
 
@@ -210,16 +217,6 @@ def _use_stored_mask(workspace: Workspace, context: Context) -> None:
         return
     if not isinstance(known, ConfigRecord) or known.get(MASK) != workspace.digest:
         _receive_mask(workspace, record_bytes(record, MASK))
-
-
-def _partition(context: Context, config: RunConfig) -> int:
-    found = context.node_config.get("partition-id")
-    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
-        raise ConfigError(
-            f"this node's partition-id: expected 0 to {config.clients - 1}, found {found!r}; start its"
-            f" SuperNode with --node-config 'partition-id=0 num-partitions={config.clients}'"
-        )
-    return found
 
 
 def _round(content: RecordDict) -> int:

@@ -38,6 +38,9 @@ def run(
             "metric=M,clients=K. Repeatable."
         ),
     ] = None,
+    clients: Annotated[
+        int | None, typer.Option(help="Clients in all, dealt to the tasks in the proportion that they have.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="What is trained: pafi+hiwi, pafi, hiwi, ...")] = None,
     density: Annotated[
         float | None, typer.Option(help="Share of eligible entries in the mask, in (0, 1].")
@@ -101,7 +104,12 @@ def run(
     ] = None,
     connection: Annotated[
         str | None,
-        typer.Option(help="Engine superlink: a connection of Flower's config.toml (none: its default)."),
+        typer.Option(
+            help="Engine superlink: HOST:PORT, or a connection of Flower's config.toml (none: its default)."
+        ),
+    ] = None,
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="Engine superlink at HOST:PORT: the CA's certificate (none: no TLS).")
     ] = None,
     federation_config: Annotated[
         str | None, typer.Option(help="Engine superlink: passed on to flwr run, e.g. 'num-supernodes=8'.")
@@ -125,14 +133,14 @@ def run(
 
     given = locals()
     asked = {key: given[key] for key in KEYS}
-    if resume and config is None:
+    if resume and config is None and engine != "superlink":  # there, the folder may lie on another machine
         from experiments.runs import stored_settings
 
         config, asked = stored_settings(asked)
-    settings = build_config(config, asked, task or (), option or (), set_ or ())
+    settings = build_config(config, asked, task or (), option or (), set_ or (), clients)
     from experiments.launch import Engine, run_federation
 
-    chosen = Engine(engine, backend, connection, federation_config, overwrite, resume)
+    chosen = Engine(engine, backend, connection, federation_config, overwrite, resume, root_certificates)
     if engine != "superlink":  # its nodes read files below folders of their own
         settings = with_absolute_paths(settings)
     run_federation(settings, chosen, as_json=json)

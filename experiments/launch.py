@@ -20,9 +20,9 @@ ENGINES = ("inprocess", "ray", "superlink")
 class Engine:
     """Where a run happens, with the options that only one engine understands.
 
-    ``backend``: JSON for Flower's simulation backend (ray); ``connection`` and ``federation_config``: see
-    ``flwr run`` (superlink); ``overwrite``: replace an older run, ``resume``: go on with one that was
-    interrupted (inprocess, ray). Raises ConfigError.
+    ``backend``: JSON for Flower's simulation backend (ray); ``connection`` (a name, or HOST:PORT with
+    ``root_certificates``) and ``federation_config``: see ``flwr run`` (superlink); ``overwrite``: replace an
+    older run (inprocess, ray), ``resume``: go on with one that was interrupted. Raises ConfigError.
     """
 
     name: str = "inprocess"
@@ -31,6 +31,7 @@ class Engine:
     federation_config: str | None = None
     overwrite: bool = False
     resume: bool = False
+    root_certificates: Path | None = None
 
     def __post_init__(self) -> None:
         if self.name not in ENGINES:
@@ -39,6 +40,7 @@ class Engine:
             ("backend", "ray"),
             ("connection", "superlink"),
             ("federation_config", "superlink"),
+            ("root_certificates", "superlink"),
         ):
             if getattr(self, option) is not None and self.name != engine:
                 raise ConfigError(
@@ -47,11 +49,6 @@ class Engine:
         if self.overwrite and self.resume:
             raise ConfigError(
                 "--overwrite and --resume exclude each other: replace the older run, or go on with it"
-            )
-        if self.resume and self.name == "superlink":
-            raise ConfigError(
-                "--resume is not for --engine superlink: the run's folder, with its saved state, lies on the"
-                " SuperLink's host; there, --engine inprocess or ray can go on with it"
             )
         if self.overwrite and self.name == "superlink":
             raise ConfigError(
@@ -95,7 +92,7 @@ def run_federation(config: RunConfig, engine: Engine, *, as_json: bool) -> None:
 def _run_remote(config: RunConfig, engine: Engine, *, as_json: bool) -> None:
     from rich.console import Console
 
-    from experiments.engines import run_superlink
+    from experiments.superlink import run_superlink
 
     log = Console(stderr=True, highlight=False)
     options = ["--federation-config", engine.federation_config] if engine.federation_config else []
@@ -104,6 +101,8 @@ def _run_remote(config: RunConfig, engine: Engine, *, as_json: bool) -> None:
         engine.connection,
         show=lambda line: log.print(line, markup=False, soft_wrap=True),
         options=options,
+        certificates=engine.root_certificates,
+        resume=engine.resume,
     )
     if remote.summary is not None:
         _show(read_run(remote.folder), remote.folder / "report.md", as_json=as_json)

@@ -53,12 +53,14 @@ def build_config(
     tasks: Iterable[str] = (),
     options: Iterable[str] = (),
     sets: Iterable[str] = (),
+    clients: int | None = None,
 ) -> RunConfig:
     """The config of one run.
 
     ``path`` is a TOML file or a run's ``config.json`` (None: the demo); ``given`` maps option names
     (see ``KEYS``) to values, None meaning "not given"; ``tasks`` are task specs that replace the file's
     tasks; ``options`` are ``key=value`` for the server's strategy; ``sets`` are ``dotted.key=value``.
+    ``clients`` are dealt to the tasks, see ``deal_clients``.
     ``epochs`` without ``steps`` lifts the file's cap on the steps, which would silently win otherwise.
     Raises ConfigError.
     """
@@ -73,6 +75,8 @@ def build_config(
     specs = [parse_task(spec) for spec in tasks]
     if specs:
         values["tasks"] = specs
+    if clients is not None:
+        deal_clients(values["tasks"], clients)
     for text in options:
         key, value = _pair(text, "--option")
         _put(values, f"server.options.{key}", _toml_value(value))
@@ -97,6 +101,24 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     local_model = config.model != "minilm" and Path(config.model).expanduser().is_dir()
     model = _absolute(config.model) if local_model else config.model
     return config.model_copy(update={"model": model, "tasks": tuple(tasks)})
+
+
+def deal_clients(tasks: list[dict[str, Any]], clients: int) -> None:
+    """Set the tasks' numbers of clients to ``clients`` in all, in the proportion that they have now.
+
+    Each task keeps one or more; what is left over goes to the largest remainders. Raises ConfigError.
+    """
+    if clients < len(tasks):
+        raise ConfigError(f"--clients: expected {len(tasks)} or more, one for each task, found {clients}")
+    before = [max(1, int(task.get("clients", 1))) for task in tasks]
+    spare, whole = clients - len(tasks), sum(before)
+    shares = [spare * count / whole for count in before]
+    counts = [1 + int(share) for share in shares]
+    order = sorted(range(len(tasks)), key=lambda number: (int(shares[number]) - shares[number], number))
+    for number in order[: clients - sum(counts)]:
+        counts[number] += 1
+    for task, count in zip(tasks, counts, strict=True):
+        task["clients"] = count
 
 
 def _absolute(name: str) -> str:

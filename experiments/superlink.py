@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,8 +22,7 @@ from experiments.bundle import app_folder
 from experiments.runs import WIRE
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError, FederationError
-from server.app import FOLDER_LINE
-from server.record import write_json
+from server.record import FOLDER_LINE, write_json
 
 # Run as a module of this interpreter: the script `flwr` need not be on the PATH.
 _FLWR = [sys.executable, "-c", "from flwr.cli.app import app; app()"]
@@ -30,6 +30,8 @@ _STARTED = re.compile(r"Successfully started run (\d+)")
 _FOLDER = re.compile(re.escape(FOLDER_LINE) + r" (.+) on (\S+)")
 _ERROR = re.compile(r"(?:fedmask\.errors\.|\b)(\w*Error): (.+)")
 _UNKNOWN_CONNECTION = re.compile(r"SuperLink connection '.*' not found in .*\.")
+_ADDRESS = re.compile(r"\[?[A-Za-z0-9_.:-]+\]?:\d+")
+_DIRECT = "direct"
 _BOX = "│╭╮╰╯─ "  # what flwr draws around its errors
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _SETTLE_SECONDS = 60.0
@@ -39,9 +41,9 @@ _SETTLE_SECONDS = 60.0
 class RemoteRun:
     """A run that ended well on a SuperLink.
 
-    The ServerApp wrote ``folder`` on ``host``. ``summary`` is there when that is this machine, else None.
+    The ServerApp wrote ``folder`` on ``host``. ``summary`` is there when this machine sees that folder too.
     ``traffic``: the SuperLink's own counters of the run in bytes, ``inbound`` (from the SuperNodes) and
-    ``outbound``; also in the folder's ``wire.json`` when it is on this machine.
+    ``outbound``; also in the folder's ``wire.json`` where that can be written from here.
     """
 
     run_id: str
@@ -57,20 +59,28 @@ def run_superlink(
     *,
     show: Callable[[str], None] | None = None,
     options: Sequence[str] = (),
+    certificates: Path | None = None,
+    resume: bool = False,
 ) -> RemoteRun:
     """Submit a run to a SuperLink and wait for its end.
 
-    ``connection``: a name from Flower's config.toml (None: its default). ``show`` is called with each line
-    of the run's log. ``options``: more options for ``flwr run``, such as ``--federation-config``. The whole
-    config travels as one JSON string. Raises ``FederationError`` when the run did not complete, whatever
-    exit code ``flwr run`` has (0 even for a failed run), and ``ConfigError`` for an unknown connection.
+    ``connection``: HOST:PORT (with TLS if ``certificates`` names the CA's file), or a name from Flower's
+    config.toml (None: its default). ``show`` is called with each line of the run's log. ``options``: more
+    options for ``flwr run``, such as ``--federation-config``. ``resume``: the ServerApp goes on with its
+    newest unfinished run of the config's name; the settings must be those of then. The whole config travels
+    as one JSON string. Raises ``FederationError`` when the run did not complete, whatever exit code
+    ``flwr run`` has (0 even for a failed run), and ``ConfigError`` for an unknown connection.
     """
-    where = [connection] if connection else []
     with app_folder() as folder, tempfile.TemporaryDirectory(prefix="fedmask-run-") as scratch:
         settings = Path(scratch) / "run.toml"
-        settings.write_text(run_config_toml(config), encoding="utf-8")
+        settings.write_text(run_config_toml(config, resume), encoding="utf-8")
+        where, home = _connect(connection, certificates, Path(scratch))
         command = ["run", str(folder), *where, "--stream", "--run-config", str(settings), *options]
-        code, lines = _follow(command, show)
+        return _end_of(*_follow(command, show, home), where, home)
+
+
+def _end_of(code: int, lines: list[str], where: Sequence[str], home: dict[str, str]) -> RemoteRun:
+    """How a run that was followed to the end of its log really ended."""
     text = "\n".join(lines)
     started = _STARTED.search(text)
     if started is None:
@@ -81,7 +91,7 @@ def run_superlink(
             )
         raise FederationError(f"the SuperLink took no run: {_last(lines) or f'flwr run ended with {code}'}")
     run_id = started.group(1)
-    status, traffic = _final_status(run_id, where)
+    status, traffic = _final_status(run_id, where, home)
     if status != "finished:completed":
         errors = _ERROR.findall(text)
         why = ": ".join(errors[-1]) if errors else "its log says why (flwr log " + run_id + ")"
@@ -90,20 +100,46 @@ def run_superlink(
     if not found:
         raise FederationError(f"run {run_id} completed, but its log does not say where the results are")
     path, host = Path(found[-1][0]), found[-1][1]
-    summary = _summary(path, host)
+    summary = _summary(path, run_id)
     if summary is not None and traffic:
-        write_json(path / WIRE, {"run_id": run_id, **traffic})
+        with contextlib.suppress(OSError):
+            write_json(path / WIRE, {"run_id": run_id, **traffic})
     return RemoteRun(run_id, path, host, summary, traffic)
 
 
-def run_config_toml(config: RunConfig) -> str:
+def _connect(
+    connection: str | None, certificates: Path | None, scratch: Path
+) -> tuple[list[str], dict[str, str]]:
+    """What ``flwr`` is told about the SuperLink: arguments and environment."""
+    if connection is None or not _ADDRESS.fullmatch(connection):
+        if certificates is not None:
+            raise ConfigError("--root-certificates: expected --connection HOST:PORT with it, found none")
+        return [connection] if connection else [], {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": _own_port()}
+    if certificates is not None and not certificates.is_file():
+        raise ConfigError(f"--root-certificates: expected a file, found nothing at {certificates}")
+    secured = f"root-certificates = {json.dumps(str(certificates.absolute()))}" if certificates else ""
+    table = f"[superlink.{_DIRECT}]\naddress = {json.dumps(connection)}\n{secured or 'insecure = true'}\n"
+    (scratch / "config.toml").write_text(table, encoding="utf-8")
+    return [_DIRECT], {"FLWR_HOME": str(scratch)}
+
+
+def _own_port() -> str:
+    """The port of this user's local SuperLink: on Flower's own, ``:local:`` takes whatever answers there."""
+    home = os.environ.get("FLWR_HOME") or str(Path.home() / ".flwr")
+    number = int.from_bytes(hashlib.sha256(home.encode()).digest()[:4], "big")
+    return os.environ.get("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", str(39100 + number % 20000))
+
+
+def run_config_toml(config: RunConfig, resume: bool = False) -> str:
     """``config = "..."``: the whole config as one JSON string, quoted for TOML."""
     # A JSON string is a TOML string, but for one character that TOML wants escaped.
     quoted = json.dumps(config.model_dump_json(), ensure_ascii=False).replace("\x7f", "\\u007f")
-    return f"config = {quoted}\n"
+    return f"config = {quoted}\n" + ("resume = true\n" if resume else "")
 
 
-def _follow(arguments: Sequence[str], show: Callable[[str], None] | None) -> tuple[int, list[str]]:
+def _follow(
+    arguments: Sequence[str], show: Callable[[str], None] | None, home: dict[str, str]
+) -> tuple[int, list[str]]:
     lines: list[str] = []
     with subprocess.Popen(
         [*_FLWR, *arguments],
@@ -113,7 +149,7 @@ def _follow(arguments: Sequence[str], show: Callable[[str], None] | None) -> tup
         text=True,
         encoding="utf-8",
         errors="replace",
-        env=_environment(),
+        env=_environment() | home,
     ) as process:
         try:
             for line in process.stdout or ():
@@ -129,7 +165,7 @@ def _follow(arguments: Sequence[str], show: Callable[[str], None] | None) -> tup
     return process.returncode, lines
 
 
-def _final_status(run_id: str, where: Sequence[str]) -> tuple[str, dict[str, int]]:
+def _final_status(run_id: str, where: Sequence[str], home: dict[str, str]) -> tuple[str, dict[str, int]]:
     """``finished:...`` as the SuperLink says it, and its traffic counters.
 
     The log's stream can end a little earlier.
@@ -141,7 +177,7 @@ def _final_status(run_id: str, where: Sequence[str]) -> tuple[str, dict[str, int
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            env=_environment(),
+            env=_environment() | home,
             check=False,
         )
         status, traffic = _listed(asked.stdout)
@@ -165,7 +201,8 @@ def _listed(text: str) -> tuple[str, dict[str, int]]:
 
 def _environment() -> dict[str, str]:
     # Wide, or rich would wrap the lines that are read here.
-    return {**os.environ, "COLUMNS": "1000", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": programs, "COLUMNS": "1000", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def _last(lines: Sequence[str]) -> str:
@@ -174,9 +211,13 @@ def _last(lines: Sequence[str]) -> str:
     return next(filter(None, inner), "")
 
 
-def _summary(folder: Path, host: str) -> dict[str, Any] | None:
-    path = folder / "summary.json"
-    if host != socket.gethostname() or not path.is_file():
+def _summary(folder: Path, run_id: str) -> dict[str, Any] | None:
+    """The run's summary where its folder is to be seen, whatever this machine is called."""
+    try:
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if str(record.get("flower_run")) != run_id:  # another machine's folder of the same name
+            return None
+        found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError, AttributeError):
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found

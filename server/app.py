@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from fedmask.workspace import get_workspace
 from server.agree import distribute, find_mask, keep_mask, kept_mask, needs_agreement
 from server.evaluation import central_scores
 from server.facts import run_record
-from server.joining import join
+from server.joining import join, rejoin
 from server.observer import Observer, Silent
 from server.overlap import measured_unions
-from server.record import Existing, RunFolder, vector_digest
+from server.record import FOLDER_LINE, Existing, RunFolder, unfinished, vector_digest
 from server.resume import forget_states, interrupted, save_state
 from server.rounds import Federation, Row, most_claims
+from server.seats import lost_seats
 from server.state import RunState
 from server.streaming import make_strategy
 from server.summary import costs, save_change
@@ -35,7 +37,6 @@ from server.summary import costs, save_change
 __all__ = ["RunResult", "app", "make_server_app", "run_server"]
 
 NODE_TIMEOUT = 300.0
-FOLDER_LINE = "fedmask: the run's folder is"
 log = logging.getLogger("flwr")
 
 
@@ -62,23 +63,29 @@ def make_server_app(
     """A ServerApp for one run.
 
     ``config`` None: the run config carries it as JSON under ``config`` (``flwr run``), and ``default`` stands
-    in for an empty one. ``engine`` is only recorded. ``existing``: what an existing run folder means (see
-    ``RunFolder``). ``client_evaluation``: whether the final vector is scored on the clients' held-out rows.
-    ``node_timeout``: seconds to wait for all nodes. ``on_result`` is called with the finished run.
+    in for an empty one; ``resume = true`` there goes on with the newest unfinished run of the name.
+    ``engine`` is recorded; on ``superlink`` nodes may claim partitions and come back. ``existing``: what an
+    existing run folder means (see ``RunFolder``). ``client_evaluation``: whether the final vector is scored
+    on the clients' held-out rows. ``node_timeout``: seconds to wait for all nodes. ``on_result`` is called
+    with the finished run.
     """
     server = ServerApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         settings = config if config is not None else config_of(context.run_config, default)
+        resume = context.run_config.get("resume") is True
+        if resume and existing == "number":
+            settings = settings.model_copy(update={"name": unfinished(settings)})
         result = run_server(
             grid,
             settings,
             observer or Silent(),
             engine=engine,
-            existing=existing,
+            existing="resume" if resume else existing,
             client_evaluation=client_evaluation,
             node_timeout=node_timeout,
+            run_id=context.run_id,
         )
         log.info("%s %s on %s", FOLDER_LINE, result.folder, socket.gethostname())
         if on_result is not None:
@@ -96,8 +103,9 @@ def run_server(
     existing: Existing,
     client_evaluation: bool,
     node_timeout: float,
+    run_id: int | None = None,
 ) -> RunResult:
-    """The whole run over a grid. Raises ``FedmaskError``.
+    """The whole run over a grid. ``run_id``: Flower's number for it. Raises ``FedmaskError``.
 
     Nothing is written, and no older run removed, before model, rows and the first score are there and the
     clients have joined.
@@ -109,24 +117,28 @@ def run_server(
     workspace = get_workspace(config)
     measured = point.settle_precision(workspace) if point else settle_precision(workspace)
     ledger, roster, search = Ledger(), None, point.record.get("mask_search", {}) if point else {}
+    claims = engine == "superlink"  # simulated nodes are numbered, and none of them comes back
+    enlist = partial(
+        join, grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply, claims=claims
+    )
     observer.on_start(folder.path, config.rounds, config.clients)
     observer.on_round_start(point.state.round if point else 0, ())
     if point and needs_agreement(workspace):
         kept_mask(workspace, folder.path)
     elif needs_agreement(workspace):  # before it is found, nobody knows how long the run's vectors are
         workspace.forget_mask()
-        roster = join(grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply)
+        roster = enlist()
         search = find_mask(grid, workspace, roster, ledger, observer.on_reply)
     state = point.state if point else RunState.start(workspace)
     strategy.check(config.server.clients_per_round or config.clients, state.shared.size)
-    record = run_record(workspace, engine, measured) | {"mask_search": search}
+    record = run_record(workspace, engine, measured) | {"mask_search": search, "flower_run": run_id}
     if point:
         point.check(record)
         strategy.load_state(point.strategy)
     # Scored before joining: worker processes and nodes load their models meanwhile.
     dev = {} if point else central_scores(workspace, state.shared, state.heads, "dev", config.eval_rows)
     if roster is None:
-        roster = join(grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply)
+        roster = enlist()
     else:
         distribute(grid, workspace, roster, ledger)
     if point:
@@ -147,6 +159,8 @@ def run_server(
                 rows[0]["test"] = federation.scores(state, "test")
             _end_round(federation, state, rows[0], folder)
         while state.round < config.rounds:
+            if claims:
+                rejoin(grid, workspace, ledger, roster, state.round + 1, lost_seats(rows[-1]["rejected"]))
             state, row = federation.train_round(state)
             rows.append(row)
             _end_round(federation, state, row, folder)

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import fedmask._env  # noqa: F401  (before flwr is imported)
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from fedmask.codecs import pack_indices
 from fedmask.errors import EnvelopeError, FederationError
 from fedmask.flower import (
     ARRAYS,
-    CONFIG,
     KERNEL,
     MASK,
     PRECISION,
@@ -31,13 +30,17 @@ from fedmask.methods import TASK_SPECIFIC
 from fedmask.workspace import Workspace
 from server.exchange import Answer, Request, enter, exchange
 from server.replies import Joined, read_join
+from server.seats import claimed, numbered_first, seat_offers, told_offers, whom_to_ask
 
+# A node that comes back answers soon or not at all: the others wait for it.
+REJOIN_SECONDS = 120.0
 log = logging.getLogger("flwr")
 
 
 @dataclass
 class Roster:
-    """``nodes``: partition -> node id of the clients that take part; ``failed``: the others, with reasons.
+    """``nodes``: partition -> node id of the clients that take part; ``failed``: the others, with reasons;
+    ``seen``: the ids of all nodes that were asked.
 
     ``held``: partition -> the version that the client holds of what an earlier process of this run sent.
     """
@@ -45,6 +48,7 @@ class Roster:
     nodes: dict[int, int] = field(default_factory=dict)
     held: dict[int, int] = field(default_factory=dict)
     failed: list[dict[str, int | str]] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
 
 
 def wait_for_nodes(grid: Grid, wanted: int, timeout: float) -> list[int]:
@@ -79,28 +83,34 @@ def join(
     *,
     node_timeout: float,
     arrived: Callable[[int], None],
+    claims: bool = False,
 ) -> Roster:
     """Offer recipe, precision and kernel to every node, learn its partition, send the mask where needed.
 
-    ``arrived(client)`` is called once an answer. Raises ``FederationError`` when a client holds another
+    ``arrived(client)`` is called once an answer. ``claims``: nodes may be without a number and are then
+    offered a seat (see ``server.seats``). Raises ``FederationError`` when a client holds another
     checkpoint, when two nodes claim one partition, or when fewer than ``server.min_replies`` are left.
     """
     config = workspace.config
-    recipe = workspace.recipe() if config.method not in TASK_SPECIFIC else None
-    offered = {RECIPE: recipe.to_json() if recipe else ""}
-    offered |= {PRECISION: workspace.precision, KERNEL: workspace.kernel}
-    offer = RecordDict({CONFIG: ConfigRecord(offered)})  # type: ignore[arg-type]
+    offered = _offered(workspace)
     nodes = wait_for_nodes(grid, config.clients, node_timeout)
+    offers = seat_offers(nodes, range(config.clients) if claims else (), offered)
     answers = exchange(
         grid,
-        [Request(node, -1, offer) for node in nodes],
+        [Request(node, -1, offer) for node, offer in offers.items()],
         QUERY_JOIN,
         config.server.timeout,
         lambda answer: arrived(answer.client),
     )
-    roster = Roster()
-    needing = _seat(workspace, answers, roster)
+    roster = Roster(seen=set(nodes))
+    needing, standing = _seat(workspace, answers, roster)
     enter(ledger, 0, "mask", answers)
+    free = [seat for seat in range(config.clients) if seat not in roster.nodes]
+    if claims and (again := told_offers(standing, free, offered)):
+        requests = [Request(node, -1, offer) for node, offer in again.items()]
+        answers = exchange(grid, requests, QUERY_JOIN, config.server.timeout)
+        needing += _seat(workspace, answers, roster)[0]
+        enter(ledger, 0, "mask", answers)
     _refuse_gaps(config.clients, answers, roster)
     if needing:
         send_mask(grid, workspace, ledger, roster, needing)
@@ -113,10 +123,55 @@ def join(
     return roster
 
 
-def _seat(workspace: Workspace, answers: list[Answer], roster: Roster) -> list[int]:
-    """Fill the roster from the answers; the partitions that need the packed mask."""
-    needing = []
-    for answer in answers:
+def rejoin(
+    grid: Grid, workspace: Workspace, ledger: Ledger, roster: Roster, round: int, lost: set[int]
+) -> None:
+    """Before ``round``: let nodes that came (back) meanwhile take their seats. Never ends the run.
+
+    ``lost``: clients that answered that they do not know the run. A node that holds the seat of another one
+    is that one, started again: it takes the place.
+    """
+    config = workspace.config
+    online = set(grid.get_node_ids())
+    ask, free = whom_to_ask(online, roster.nodes, roster.seen, lost, config.clients)
+    if not ask:
+        return
+    roster.seen.update(ask)
+    offered = _offered(workspace)
+    held = {node: seat for seat, node in roster.nodes.items()}
+    again = {node: held[node] for node in ask if node in held}
+    others = [node for node in ask if node not in again]
+    offers = seat_offers(others, [seat for seat in free if seat not in again.values()], offered)
+    for node, seat in again.items():
+        offers |= told_offers([node], [seat], offered)
+    requests = [Request(node, -1, offer) for node, offer in offers.items()]
+    answers = exchange(grid, requests, QUERY_JOIN, min(config.server.timeout, REJOIN_SECONDS))
+    found, needing = Roster(), []
+    for answer in numbered_first(answers):
+        try:
+            needing += _seat(workspace, [answer], found)[0]
+        except FederationError as error:  # another checkpoint, or a seat that is taken: it stays out
+            answer.fail("rejected", str(error))
+            log.warning("fedmask: %s", error)
+    enter(ledger, round, "mask", answers)
+    roster.nodes |= found.nodes
+    roster.held |= found.held
+    for seat, node in sorted(found.nodes.items()):
+        log.info("fedmask: client %d is back (node %d)", seat, node)
+    if needing:
+        send_mask(grid, workspace, ledger, roster, needing)
+
+
+def _offered(workspace: Workspace) -> dict[str, str]:
+    recipe = workspace.recipe() if workspace.config.method not in TASK_SPECIFIC else None
+    offered = {RECIPE: recipe.to_json() if recipe else ""}
+    return offered | {PRECISION: workspace.precision, KERNEL: workspace.kernel}
+
+
+def _seat(workspace: Workspace, answers: list[Answer], roster: Roster) -> tuple[list[int], list[int]]:
+    """Fill the roster from the answers: partitions that need the packed mask, and nodes without a seat."""
+    needing, standing = [], []
+    for answer in numbered_first(answers):
         said = _read(answer)
         if said is None:
             # Only an answer tells a node's partition, so all that is known here is the node.
@@ -128,6 +183,7 @@ def _seat(workspace: Workspace, answers: list[Answer], roster: Roster) -> list[i
             roster.failed.append({"client": -1, "reason": f"node {answer.request.node}: {answer.reason}"})
             continue
         if said.status == "spare":
+            standing += [answer.request.node] if said.partition == workspace.config.clients else []
             continue
         answer.client = said.partition
         if said.status == "unable":
@@ -140,6 +196,9 @@ def _seat(workspace: Workspace, answers: list[Answer], roster: Roster) -> list[i
                 f" {workspace.checkpoint_digest}, the client holds {said.checkpoint}; use the same"
                 " pre-trained weights on every machine"
             )
+        if said.partition in roster.nodes and claimed(answer):
+            standing.append(answer.request.node)
+            continue
         if said.partition in roster.nodes:
             raise FederationError(
                 f"two nodes hold partition {said.partition} (ids {roster.nodes[said.partition]} and"
@@ -153,7 +212,7 @@ def _seat(workspace: Workspace, answers: list[Answer], roster: Roster) -> list[i
             or workspace.config.method in TASK_SPECIFIC  # found in an earlier process of this run
         ):
             needing.append(said.partition)
-    return needing
+    return needing, standing
 
 
 def _refuse_gaps(wanted: int, answers: list[Answer], roster: Roster) -> None:

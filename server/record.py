@@ -21,6 +21,7 @@ from fedmask.config import RunConfig
 from fedmask.errors import ConfigError
 from fedmask.ledger import Ledger
 
+FOLDER_LINE = "fedmask: the run's folder is"  # in the log, for who follows it
 Existing = Literal["refuse", "overwrite", "number", "resume"]
 PACKAGES = ("torch", "transformers", "flwr", "flwr-datasets", "datasets", "numpy", "numba", "ray")
 
@@ -172,6 +173,25 @@ def _free(path: Path) -> Path:
     while _taken(found):
         count += 1
         found = path.with_name(f"{name}-{count}")
+    return found
+
+
+def unfinished(config: RunConfig) -> str:
+    """The name of the newest run among ``name``, ``name-2``, ... that has not ended, for ``number``.
+
+    Raises ``ConfigError`` when there is none.
+    """
+    first = Path(config.runs_dir).expanduser().absolute() / config.name
+    count, path, found = 1, first, ""
+    while _taken(path):
+        if is_run(path) and not (path / "summary.json").is_file():
+            found = path.name
+        count += 1
+        path = first.with_name(f"{first.name}-{count}")
+    if not found:
+        raise ConfigError(
+            f"--resume: {first}: expected an unfinished run there (or numbered after it), found none"
+        )
     return found
 
 

@@ -87,7 +87,11 @@ class Point:
         Ledger(kept).write_jsonl(part)
         os.replace(part, folder / "ledger.jsonl")
         now = {"after_round": self.state.round, "engine": record["engine"], "versions": record["versions"]}
-        resumed = {"config": record["config"], "resumed": [*self.record.get("resumed", []), now]}
+        resumed = {
+            "config": record["config"],
+            "flower_run": record.get("flower_run"),
+            "resumed": [*self.record.get("resumed", []), now],
+        }
         write_json(folder / "config.json", self.record | resumed)
         return Ledger.read_jsonl(folder / "ledger.jsonl")
 

@@ -284,7 +284,7 @@ def test_nothing_is_cut_before_the_clients_are_there(make_config: MakeConfig) ->
     [
         (["--resume"], "runs/run: expected a run, found none"),
         (["--resume", "--overwrite", "--config", "CONFIG"], "exclude each other"),
-        (["--resume", "--engine", "superlink", "--config", "CONFIG"], "SuperLink's host"),
+        (["--resume", "--root-certificates", "ca.crt", "--config", "CONFIG"], "is for --engine superlink"),
     ],
 )
 def test_the_command_line_says_what_holds(

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from experiments.options import DEMO, KEYS, STUDIES, build_config, parse_task, with_absolute_paths
+from experiments.options import (
+    DEMO,
+    KEYS,
+    STUDIES,
+    build_config,
+    deal_clients,
+    parse_task,
+    with_absolute_paths,
+)
 from fedmask.config import load_config
 from fedmask.errors import ConfigError
 
@@ -143,3 +151,18 @@ def test_a_json_file_that_is_no_record(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_study_is_a_valid_config(path: Path) -> None:
     assert load_config(path).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("before", "clients", "after"), [([6, 2], 4, [3, 1]), ([6, 2], 16, [12, 4]), ([6, 2], 2, [1, 1]),
+                                     ([6, 2], 8, [6, 2]), ([1, 1, 1], 5, [2, 2, 1])]
+)  # fmt: skip
+def test_clients_are_dealt_to_the_tasks_in_their_proportion(
+    before: list[int], clients: int, after: list[int]
+) -> None:
+    tasks = [{"name": f"t{number}", "clients": count} for number, count in enumerate(before)]
+    deal_clients(tasks, clients)
+    assert [task["clients"] for task in tasks] == after
+    assert build_config(None, {}, clients=4).clients == 4
+    with pytest.raises(ConfigError, match=r"--clients: expected 2 or more"):
+        build_config(None, {}, clients=1)

@@ -1,0 +1,112 @@
+"""Nodes without a number claim a seat: each seat once, its own again after a restart, and the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from flwr.app import Context, Message
+
+from clients.app import make_client_app
+from experiments.inprocess import InProcessGrid
+from fedmask.config import RunConfig
+from fedmask.flower import SEAT
+from server.seats import whom_to_ask
+from tests.apps.grids import read_rows, run_on
+
+MakeConfig = Callable[..., RunConfig]
+
+
+class Nodes:
+    """Apps of nodes by their number; ``fixed`` are numbered, all others claim. Counts what each node does."""
+
+    def __init__(self, config: RunConfig, folder: Path, patch: pytest.MonkeyPatch, fixed: dict[int, int]):
+        self.app, self.folder, self.patch, self.fixed = make_client_app(config), folder, patch, fixed
+        self.did: list[tuple[str, int, int]] = []
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        number = int(context.node_config["partition-id"])
+        context.node_config = {"partition-id": self.fixed[number]} if number in self.fixed else {}
+        self.patch.setenv("FEDMASK_STATE", str(self.folder))
+        self.patch.setenv("FEDMASK_NODE", f"node {number}")
+        reply = self.app(message, context)
+        kept = context.state.config_records.get(SEAT)
+        seat = self.fixed.get(number, kept[SEAT] if kept else -1)
+        self.did.append((message.metadata.message_type, number, int(seat)))  # type: ignore[arg-type]
+        return reply
+
+
+class ClaimingGrid(InProcessGrid):
+    """``count`` nodes that are known by their number alone. ``restart`` forgets what Flower kept for one."""
+
+    def __init__(self, config: RunConfig, nodes: Nodes, count: int) -> None:
+        super().__init__(config, 1, lambda _config: nodes)  # type: ignore[arg-type, return-value]
+        self._partitions = {1000 + number: number for number in range(count)}
+        self.before: Callable[[str], None] = lambda kind: None
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        sent = list(messages)
+        for kind in {message.metadata.message_type for message in sent}:
+            self.before(kind)
+        return super().push_messages(sent)
+
+    def restart(self, number: int, as_new: bool) -> None:
+        """Node ``number`` was started again: under its old id (registered nodes), or under a new one."""
+        self._states.pop(1000 + number, None)
+        if as_new:
+            self._partitions[2000 + number] = number
+
+
+@pytest.mark.parametrize("fixed", [{}, {1: 0, 3: 2}])
+def test_claimed_seats_give_the_same_run(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fixed: dict[int, int]
+) -> None:
+    config = make_config()
+    expected = run_on(InProcessGrid(config)).summary["vector_sha256"]
+    nodes = Nodes(config, tmp_path / "state", monkeypatch, fixed)
+    run = run_on(ClaimingGrid(config, nodes, 7), engine="superlink")
+    assert run.summary["vector_sha256"] == expected
+    trained = {(number, seat) for kind, number, seat in nodes.did if kind == "train"}
+    assert sorted(seat for _, seat in trained) == [0, 1, 2, 3, 4]
+    assert len({number for number, _ in trained}) == 5  # two more were spare
+    assert all((number, seat) in trained for number, seat in fixed.items())
+
+
+@pytest.mark.parametrize("as_new", [False, True])
+def test_a_node_that_was_started_again_gets_its_own_seat_again(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_new: bool
+) -> None:
+    """Under a new id while the old one still seems to be there, or under the old id without its state."""
+    config = make_config(rounds=4, precision="auto")
+    nodes = Nodes(config, tmp_path / "state", monkeypatch, {})
+    grid = ClaimingGrid(config, nodes, 5)
+    rounds = 0
+
+    def before(kind: str) -> None:
+        nonlocal rounds
+        rounds += kind == "train"
+        if kind == "train" and rounds == 2:
+            grid.restart(3, as_new)
+
+    grid.before = before
+    run = run_on(grid, engine="superlink")
+    seats = {seat for _, number, seat in nodes.did if number == 3 and seat >= 0}
+    assert len(seats) == 1
+    rows = read_rows(run.folder, "rounds")
+    assert [len(row["replied"]) for row in rows] == [0, 5, 4, 5, 5]
+    lost = rows[2]["rejected"]
+    assert [one["client"] for one in lost] == sorted(seats)
+    assert "this node has not joined the run" in lost[0]["reason"]
+    again = [row for row in read_rows(run.folder, "ledger") if row["kind"] == "mask" and row["round"] == 3]
+    assert {row["client"] for row in again if row["direction"] == "up"} == seats
+
+
+def test_whom_to_ask_between_rounds() -> None:
+    nodes = {0: 10, 1: 11, 2: 12}
+    assert whom_to_ask({10, 11, 12}, nodes, {10, 11, 12}, set(), 3) == ([], [])
+    assert whom_to_ask({10, 11, 12, 13}, nodes, {10, 11, 12, 13}, set(), 3) == ([], [])  # a spare one
+    assert whom_to_ask({10, 12, 13}, nodes, {10, 11, 12, 13}, set(), 3) == ([13], [1])
+    assert whom_to_ask({10, 11, 12, 14}, nodes, {10, 11, 12}, set(), 3) == ([14], [])
+    assert whom_to_ask({10, 11, 12}, nodes, {10, 11, 12}, {2}, 3) == ([12], [2])
