@@ -22,7 +22,7 @@ from clients.specific import own_scores
 from fedmask.channel import Behind
 from fedmask.codecs import unpack_indices
 from fedmask.config import RunConfig
-from fedmask.errors import CheckpointError, unknown
+from fedmask.errors import CheckpointError, DataError, unknown
 from fedmask.flower import (
     ARRAYS,
     CONFIG,
@@ -33,6 +33,7 @@ from fedmask.flower import (
     NOT_JOINED,
     PRECISION,
     RECIPE,
+    ROWS,
     SEAT,
     RecordError,
     behind_content,
@@ -44,6 +45,7 @@ from fedmask.flower import (
 from fedmask.kernels import SETTLED
 from fedmask.masks import Recipe, mask_size
 from fedmask.precision import PRECISIONS, Precision
+from fedmask.tasks.own import own_data
 from fedmask.workspace import Workspace, get_workspace
 
 __all__ = ["app", "make_client_app"]
@@ -71,6 +73,7 @@ def make_client_app(
         workspace = get_workspace(settings)
         workspace.use_precision(_precision(context, settings))
         workspace.use_kernel(_kernel(context, workspace))
+        workspace.use_own_data(own_data(context.node_config))
         _use_stored_mask(workspace, context)
         return workspace, seat_of(context, settings)
 
@@ -86,7 +89,13 @@ def make_client_app(
         reason = workspace.cannot_train()
         if reason:
             return Message(_confirmation(workspace, partition, "unable", reason), reply_to=message)
+        try:
+            rows = _own_rows(workspace, partition)
+        except DataError as error:
+            return Message(_confirmation(workspace, partition, "unable", str(error)), reply_to=message)
         said = _join(workspace, partition, message.content)
+        if rows:
+            said[CONFIG] = ConfigRecord({**said.config_records[CONFIG], ROWS: rows})
         if held := held_version(context):
             said[CONFIG] = ConfigRecord({**said.config_records[CONFIG], HELD: held})
         if seat[1] != "numbered":
@@ -137,6 +146,14 @@ def make_client_app(
         return Message(reply_content(None, {EXAMPLES: len(rows), **named}), reply_to=message)
 
     return app
+
+
+def _own_rows(workspace: Workspace, partition: int) -> list[int]:
+    """How many rows of its own the client trains on and holds out; empty where the server knows it."""
+    if not workspace.is_own(partition):
+        return []
+    shard = workspace.shard(partition)
+    return [len(shard.train), len(shard.held_out)]
 
 
 def _vector(

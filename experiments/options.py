@@ -96,7 +96,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     """
     tasks = []
     for task in config.tasks:
-        changes = {key: _absolute(getattr(task, key)) for key in ("source", "dev", "test") if task.is_local}
+        local = task.is_local or task.own_data
+        changes = {key: _absolute(getattr(task, key)) for key in ("source", "dev", "test") if local}
         tasks.append(task.model_copy(update=changes))
     local_model = config.model != "minilm" and Path(config.model).expanduser().is_dir()
     model = _absolute(config.model) if local_model else config.model
@@ -158,7 +159,12 @@ def parse_task(spec: str) -> dict[str, Any]:
             raise ConfigError(f"--task {spec!r}: {unknown('key', key, valid)}")
         if key in out:
             raise ConfigError(f"--task {spec!r}: the key {key!r} is there twice")
-        out[key] = value.split("+") if key == "text" else _count(spec, value) if key == "clients" else value
+        if key in ("text", "labels"):
+            out[key] = value.split("+")
+        elif key in ("clients", "most_rows"):
+            out[key] = _count(spec, value)
+        else:
+            out[key] = _toml_value(value) if key == "own_data" else value
     return out
 
 

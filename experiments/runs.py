@@ -36,7 +36,13 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """Sizes, layouts and shards: what the settings came to for this model and these tasks."""
-        return dict(self.record["facts"])
+        facts, own = dict(self.record["facts"]), self.record.get("own_rows", {})
+        # What clients with data of their own said, which no facts of the server's can hold.
+        facts["partitions"] = [
+            part | dict(zip(("train_rows", "held_out_rows"), own.get(str(part["client"]), ()), strict=False))
+            for part in facts["partitions"]
+        ]
+        return facts
 
     @property
     def metrics(self) -> dict[str, str]:

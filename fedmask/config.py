@@ -101,7 +101,26 @@ class TaskConfig(_SourceConfig):
     clients: Whole = Field(ge=1)
     dev: str = ""
     test: str = ""
+    own_data: bool = False
+    labels: tuple[str, ...] = ()
+    most_rows: Whole = Field(default=100_000, ge=1)
     partition: PartitionConfig | None = None
+
+    @model_validator(mode="after")
+    def _own_data_is_the_clients(self) -> TaskConfig:
+        if not self.own_data:
+            if self.labels:
+                raise ConfigError("labels: only for own_data; otherwise the rows say which labels there are")
+            return self
+        if self.source or self.partition is not None:
+            raise ConfigError("own_data: training rows lie with the clients; leave source and partition out")
+        if not (self.text and self.label and self.dev):
+            raise ConfigError("own_data: it needs text, label, and dev: a file with the server's own rows")
+        if self.metric == "spearman" and self.labels:
+            raise ConfigError("labels: a regression (metric spearman) has none; leave them out")
+        if self.metric != "spearman" and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
+            raise ConfigError("labels: own_data needs two different ones or more: no party sees all rows")
+        return self
 
     @property
     def is_local(self) -> bool:
@@ -264,6 +283,10 @@ class RunConfig(_Settings):
                 f" found {self.server.min_replies}"
             )
         return self
+
+    def task_of(self, client: int) -> TaskConfig:
+        """The settings of a client's task."""
+        return [task for task in self.tasks for _ in range(task.clients)][client]
 
     @property
     def clients(self) -> int:

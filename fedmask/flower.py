@@ -34,6 +34,7 @@ PRECISION = "precision"
 SECONDS = "seconds"
 KERNEL = "kernel"
 SEAT, TAKE = "seat", "take"
+ROWS = "rows"
 NOT_JOINED = "this node has not joined the run"
 MAX_METRICS = 9
 _FULL_ID = 2**64 - 1

@@ -12,6 +12,7 @@ from fedmask.config import RunConfig
 from fedmask.recent import Recent
 from fedmask.rng import rng_for
 from fedmask.tasks import TaskData, Tokenized, assignments, load_task, shards, split_held_out
+from fedmask.tasks.own import OwnData, own_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,6 +43,7 @@ class RunData(ABC):
         self.config = config
         self._tasks = {task.name: task for task in config.tasks}
         self._assignments = assignments(config)
+        self.place = OwnData()
         self._data: dict[str, TaskData] = {}
         self._labels: dict[str, np.ndarray] = {}
         self._rows: dict[str, list[np.ndarray]] = {}
@@ -75,10 +77,29 @@ class RunData(ABC):
     def split(self, partition: int) -> tuple[np.ndarray, np.ndarray]:
         """The client's rows as (train, held out): sorted int64 row numbers of the task's train split."""
         task, rows = self.task_of(partition), self.rows(partition)
-        rule = self._tasks[task].partition or self.config.partition
+        return self._hold_out(partition, rows, self.labels(task)[rows])
+
+    def _hold_out(
+        self, partition: int, rows: np.ndarray, labels: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        rule = self._tasks[self.task_of(partition)].partition or self.config.partition
         fraction = min(rule.held_out, rule.held_out_max / len(rows))
-        rng = rng_for(self.config.seed, -1, partition, "held-out")
-        return split_held_out(rows, self.labels(task)[rows], fraction, rng)
+        return split_held_out(rows, labels, fraction, rng_for(self.config.seed, -1, partition, "held-out"))
+
+    def use_own_data(self, place: OwnData) -> None:
+        """Where this process's clients have rows of their own."""
+        if place != self.place:
+            self.place = place
+            self._shards = Recent(SHARD_BYTES, lambda shard: shard.bytes)
+
+    def is_own(self, partition: int) -> bool:
+        """Whether the client's rows are its own, which the server does not see."""
+        return self._tasks[self.task_of(partition)].own_data
+
+    def sample(self, task: str) -> Tokenized:
+        """Rows like a client's, on any machine: the task's first client's, or the server's own dev rows."""
+        first = next(number for number, (name, _) in enumerate(self._assignments) if name == task)
+        return self.central(task, "dev") if self.is_own(first) else self.shard(first).train
 
     def labels(self, task: str) -> np.ndarray:
         """Labels of the task's train split: int64 class numbers or float64 values."""
@@ -92,6 +113,10 @@ class RunData(ABC):
 
     def _read_shard(self, partition: int) -> Shard:
         task = self.task_of(partition)
+        if self.is_own(partition):
+            data = own_rows(self._tasks[task], partition, self.place)
+            parts = self._hold_out(partition, np.arange(len(data)), np.asarray(data["label"][:]))
+            return Shard(task, *(self._tokenize(data, rows) for rows in parts))
         train, held_out = (self._tokenize(self.data(task).train, rows) for rows in self.split(partition))
         return Shard(task, train, held_out)
 

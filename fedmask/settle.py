@@ -56,7 +56,7 @@ def settle_precision(workspace: Workspace, *, seconds: float = 2.0) -> dict[str,
 
 def _batch(workspace: Workspace) -> tuple[Tokenized, np.ndarray]:
     """Rows of middle length from the first client's shard."""
-    data = workspace.shard(0).train
+    data = workspace.sample(workspace.task_of(0))
     size = min(_ROWS, workspace.config.train.batch_size, len(data))
     found = batches(data, size, None)
     return data, found[len(found) // 2]

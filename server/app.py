@@ -144,13 +144,14 @@ def run_server(
     if point:
         ledger = point.go_on(folder.path, record, ledger)
     else:
-        folder.create(record)
+        folder.create(record | {"own_rows": {str(client): rows for client, rows in roster.rows.items()}})
         if needs_agreement(workspace):
             keep_mask(workspace, folder.path)
     record = {}  # thousands of clients' label counts, which are in the file
     try:
         state.confirm(roster.held)
-        federation = Federation(workspace, grid, roster, strategy, ledger, observer, most_claims(workspace))
+        most = most_claims(workspace, roster.rows)
+        federation = Federation(workspace, grid, roster, strategy, ledger, observer, most)
         rows = point.rows if point else []
         earlier = sum(row["seconds"] for row in rows)
         if not point:
@@ -161,6 +162,7 @@ def run_server(
         while state.round < config.rounds:
             if claims:
                 rejoin(grid, workspace, ledger, roster, state.round + 1, lost_seats(rows[-1]["rejected"]))
+                federation.most = most_claims(workspace, roster.rows)
             state, row = federation.train_round(state)
             rows.append(row)
             _end_round(federation, state, row, folder)

@@ -55,7 +55,10 @@ def _facts(workspace: Workspace, config: RunConfig) -> dict[str, Any]:
 
 
 def _partition(workspace: Workspace, client: int) -> dict[str, Any]:
-    task, (kept, held) = workspace.task_of(client), workspace.split(client)
+    task = workspace.task_of(client)
+    if workspace.is_own(client):  # nobody but the client knows, and it may have other rows after a restart
+        return {"client": client, "task": task, "train_rows": 0, "held_out_rows": 0, "labels": {}}
+    kept, held = workspace.split(client)
     return {
         "client": client,
         "task": task,

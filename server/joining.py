@@ -42,11 +42,13 @@ class Roster:
     """``nodes``: partition -> node id of the clients that take part; ``failed``: the others, with reasons;
     ``seen``: the ids of all nodes that were asked.
 
+    ``rows``: partition -> the rows that a client with data of its own says it has (trained on, held out).
     ``held``: partition -> the version that the client holds of what an earlier process of this run sent.
     """
 
     nodes: dict[int, int] = field(default_factory=dict)
     held: dict[int, int] = field(default_factory=dict)
+    rows: dict[int, tuple[int, int]] = field(default_factory=dict)
     failed: list[dict[str, int | str]] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
 
@@ -156,6 +158,7 @@ def rejoin(
     enter(ledger, round, "mask", answers)
     roster.nodes |= found.nodes
     roster.held |= found.held
+    roster.rows |= found.rows
     for seat, node in sorted(found.nodes.items()):
         log.info("fedmask: client %d is back (node %d)", seat, node)
     if needing:
@@ -196,6 +199,12 @@ def _seat(workspace: Workspace, answers: list[Answer], roster: Roster) -> tuple[
                 f" {workspace.checkpoint_digest}, the client holds {said.checkpoint}; use the same"
                 " pre-trained weights on every machine"
             )
+        if workspace.is_own(said.partition):
+            most = workspace.config.task_of(said.partition).most_rows
+            if said.rows is None or sum(said.rows) > most:
+                answer.fail("rejected", f"expected at most {most} rows (tasks.most_rows), found {said.rows}")
+                roster.failed.append({"client": said.partition, "reason": answer.reason})
+                continue
         if said.partition in roster.nodes and claimed(answer):
             standing.append(answer.request.node)
             continue
@@ -206,6 +215,8 @@ def _seat(workspace: Workspace, answers: list[Answer], roster: Roster) -> tuple[
             )
         roster.nodes[said.partition] = answer.request.node
         roster.held[said.partition] = said.held
+        if said.rows is not None:
+            roster.rows[said.partition] = said.rows
         if workspace.mask is not None and (
             workspace.config.mask_transport == "packed"
             or said.digest != workspace.digest

@@ -25,12 +25,14 @@ def measured_unions(
 
     Each client's mask: the k entries of largest mean gradient over ``overlap_batches`` of its batches.
     (None, {}) for a method without a mask, with ``overlap_batches`` 0, and for more clients than
-    ``MOST_CLIENTS``.
+    ``MOST_CLIENTS``, and where clients have rows of their own.
     """
     config = workspace.config
     clients = sorted({client for sampled in schedule for client in sampled})
     mask = workspace.mask
     if mask is None or not config.overlap_batches or not 0 < len(clients) <= MOST_CLIENTS:
+        return None, {}
+    if any(workspace.is_own(client) for client in clients):
         return None, {}
     settings = config.scores.model_copy(update={"batches": config.overlap_batches})
     masks = {

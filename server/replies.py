@@ -17,6 +17,7 @@ from fedmask.flower import (
     HELD,
     HELD_OUT,
     METRICS,
+    ROWS,
     RecordError,
     read_metrics,
     record_bytes,
@@ -48,6 +49,7 @@ class Joined:
     checkpoint: str
     reason: str
     held: int = 0
+    rows: tuple[int, int] | None = None
 
 
 def read_join(message: Message) -> Joined:
@@ -63,7 +65,18 @@ def read_join(message: Message) -> Joined:
     if isinstance(held, bool) or not isinstance(held, int) or held < 0:
         raise RecordError(f"{HELD}: expected a version, found {held!r}")
     status, digest, checkpoint, reason = (str(text) for text in texts)
-    return Joined(partition, status, digest, checkpoint, reason, held)
+    return Joined(partition, status, digest, checkpoint, reason, held, _rows(record.get(ROWS)))
+
+
+def _rows(found: object) -> tuple[int, int] | None:
+    """Rows of a client's own: those that it trains on, one or more, and those that it holds out."""
+    if found is None:
+        return None
+    if not isinstance(found, list) or len(found) != 2 or not all(type(count) is int for count in found):
+        raise RecordError(f"{ROWS}: expected two numbers of rows, found {found!r}")
+    if found[0] < 1 or found[1] < 0:
+        raise RecordError(f"{ROWS}: expected one row or more to train on, found {found!r}")
+    return found[0], found[1]
 
 
 def read_training(

@@ -37,12 +37,18 @@ Row = dict[str, Any]
 _ADDED = np.empty(0, np.float32)
 
 
-def most_claims(workspace: Workspace) -> dict[int, Most]:
-    """What each client can truthfully claim about its own work, by partition."""
+def most_claims(workspace: Workspace, own: Mapping[int, tuple[int, int]] | None = None) -> dict[int, Most]:
+    """What each client can truthfully claim about its own work, by partition.
+
+    ``own``: rows (trained on, held out) that clients with data of their own said they have when they joined.
+    """
     plan, out = workspace.config.train, {}
     for client in range(workspace.config.clients):
-        kept, held = workspace.split(client)
-        out[client] = Most(len(kept), len(held), planned_steps(plan, len(kept)))
+        if workspace.is_own(client):
+            kept_rows, held_rows = (own or {}).get(client, (0, 0))
+        else:
+            kept_rows, held_rows = (len(part) for part in workspace.split(client))
+        out[client] = Most(kept_rows, held_rows, planned_steps(plan, kept_rows))
     return out
 
 

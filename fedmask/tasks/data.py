@@ -13,7 +13,7 @@ from fedmask.tasks.bundled import BUNDLED, bundled_table
 from fedmask.tasks.columns import LABEL, TEXT, TEXT_PAIR, Rows, class_names, rows_of
 from fedmask.tasks.files import read_file
 from fedmask.tasks.hub import hub_tables
-from fedmask.tasks.splits import Split, carve
+from fedmask.tasks.splits import Split, carve, half_of
 from fedmask.tasks.table import Table
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ def load_task(task: TaskConfig) -> TaskData:
 
 
 def _tables(task: TaskConfig) -> dict[Split, Table]:
+    if task.own_data:
+        tables: dict[Split, Table] = {"dev": read_file(Path(task.dev).expanduser())}
+        return tables | ({"test": read_file(Path(task.test).expanduser())} if task.test else {})
     if not task.source:
         if task.name not in BUNDLED:
             raise ConfigError(
@@ -68,7 +71,7 @@ def _tables(task: TaskConfig) -> dict[Split, Table]:
     if not task.is_local:
         return hub_tables(task)
     path = Path(task.source).expanduser()
-    tables: dict[Split, Table] = {"train": read_file(path)}
+    tables = {"train": read_file(path)}
     if task.dev:
         tables["dev"] = read_file(Path(task.dev).expanduser())
     if task.test:
@@ -79,29 +82,28 @@ def _tables(task: TaskConfig) -> dict[Split, Table]:
 def _build(task: TaskConfig, tables: Mapping[Split, Table]) -> TaskData:
     regression = task.metric == "spearman"
     parts = {split: rows_of(task, table, regression=regression) for split, table in tables.items()}
-    declared = tables["train"].classes.get(task.label or LABEL)
-    names = () if regression else class_names(parts["train"], declared)
+    if task.own_data:
+        names = task.labels
+    else:
+        declared = tables["train"].classes.get(task.label or LABEL)
+        names = () if regression else class_names(parts["train"], declared)
     if task.metric == "f1" and len(names) != 2:
         raise DataError(
             f"metric f1 is for two labels (the second one counts as positive), found {len(names)};"
             f" use accuracy or matthews"
         )
     for part in parts.values():
-        new = [] if regression else sorted({str(label) for label in part.labels} - set(names))
-        if new:
-            raise DataError(
-                f"{part.where}: expected the labels of train ({', '.join(names)}),"
-                f" found {', '.join(map(repr, new[:5]))}"
-            )
-    parts = _completed(parts)
+        if not regression:
+            refuse_labels(part, names, "the task's labels" if task.own_data else "the labels of train")
+    parts = _halved(parts) if task.own_data else _completed(parts)
     return TaskData(
         task.name,
         "regression" if regression else "classification",
         names,
         task.metric,
-        train=_dataset(parts["train"], names),
-        dev=_dataset(parts["dev"], names),
-        test=_dataset(parts["test"], names),
+        train=dataset_of(parts["train"], names),
+        dev=dataset_of(parts["dev"], names),
+        test=dataset_of(parts["test"], names),
     )
 
 
@@ -122,7 +124,39 @@ def _completed(parts: Mapping[Split, Rows]) -> dict[Split, Rows]:
     return done
 
 
-def _dataset(rows: Rows, names: tuple[str, ...]) -> Dataset:
+def _halved(parts: Mapping[Split, Rows]) -> dict[Split, Rows]:
+    """No train rows, the server's own dev rows, and its test rows: where it has none, half of the dev rows.
+
+    A text's hash decides, so that the half that chooses is never the one that is reported.
+    """
+    dev = parts["dev"]
+    done: dict[Split, Rows] = {"train": dev.select([]), **parts}
+    if "test" not in parts:
+        pairs: Sequence[str | None] = dev.pairs or [None] * len(dev.texts)
+        halves: tuple[list[int], list[int]] = ([], [])
+        for row, (text, pair) in enumerate(zip(dev.texts, pairs, strict=True)):
+            halves[half_of(text, pair)].append(row)
+        if not all(halves):
+            raise DataError(
+                f"{dev.where}: {len(dev.texts)} rows are too few for dev and test; give two files"
+            )
+        done["dev"], done["test"] = (dev.select(half) for half in halves)
+    return done
+
+
+def refuse_labels(rows: Rows, names: tuple[str, ...], whose: str) -> None:
+    """DataError with both lists if ``rows`` have a label that is none of ``names``."""
+    found = sorted({str(label) for label in rows.labels})
+    new = sorted(set(found) - set(names))
+    if new:
+        raise DataError(
+            f"{rows.where}: expected {whose} ({', '.join(names)}), found {', '.join(map(repr, new[:5]))}"
+            f" (the file's labels: {', '.join(found[:20])}{', ...' if len(found) > 20 else ''})"
+        )
+
+
+def dataset_of(rows: Rows, names: tuple[str, ...]) -> Dataset:
+    """The rows as a data set, labels as their numbers in ``names`` (float64 values where there are none)."""
     from datasets import Dataset, Features, Value
 
     ids = {name: number for number, name in enumerate(names)}

@@ -25,6 +25,12 @@ def split_of(text: str, text_pair: str | None = None) -> Split:
     return "dev" if bucket == 8 else "test" if bucket == 9 else "train"
 
 
+def half_of(text: str, text_pair: str | None = None) -> int:
+    """0 or 1 by the last bit of the same hash, for files of which one half is dev and the other is test."""
+    whole = text if text_pair is None else text + _JOINT + text_pair
+    return hashlib.sha256(whole.encode()).digest()[-1] % 2
+
+
 def carve(
     texts: Sequence[str], pairs: Sequence[str] | None, wanted: Sequence[Split]
 ) -> dict[Split, list[int]]:

@@ -1,0 +1,164 @@
+"""A compose project to run and to break, and the same run in process to compare it with."""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Error, Message
+
+from fedmask.config import from_dict
+from server.app import RunResult
+from tests.apps.grids import TamperedGrid, run_on
+
+ROOT = Path(__file__).parents[3]
+PROJECT = "fedmask-test"
+
+
+class Follower:
+    """A run that a container submitted, with the lines of its log."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self._new: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            self._new.put(line.rstrip())
+        self._new.put(None)
+
+    def wait_for(self, text: str, seconds: float = 180.0) -> None:
+        """Read on until a line holds ``text``. AssertionError if the run ends or time is over before."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                line = self._new.get(timeout=max(0.1, end - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(f"no {text!r} within {seconds} s: {self.lines[-20:]}") from None
+            assert line is not None, f"the run ended without {text!r}: {self.lines[-20:]}"
+            self.lines.append(line)
+            if text in line:
+                return
+
+    def end(self, seconds: float = 240.0) -> int:
+        """The exit code, once the run has ended."""
+        end = time.monotonic() + seconds
+        while (line := self._new.get(timeout=max(0.1, end - time.monotonic()))) is not None:
+            self.lines.append(line)
+        return self.process.wait(max(0.1, end - time.monotonic()))
+
+
+class Containers:
+    """``docker compose`` over the project's own files, with four clients."""
+
+    def __init__(self, engine: Mapping[str, str], folder: Path) -> None:
+        self.runs = folder / "runs"
+        self.runs.mkdir()
+        folder.chmod(0o755)
+        self._command = [*engine["COMPOSE"].split(), "-p", PROJECT]
+        self._env = {**engine, "RUNS": str(self.runs), "TAG": "test", "CLIENTS": "4", "DOCKER_BUILDKIT": "0",
+                     "COMPOSE_DOCKER_CLI_BUILD": "0", "SERVER_CPUS": "1"}  # fmt: skip
+        if "PIP_FIND_LINKS" in engine and engine["PIP_FIND_LINKS"].startswith("/"):
+            self._env["PIP_FIND_LINKS"] = ""  # a folder of this machine, which a build does not see
+
+    def compose(self, *words: str, check: bool = True, minutes: float = 2) -> str:
+        """Run a compose command; its output."""
+        return self._run([*self._command, *words], check, minutes)
+
+    def docker(self, *words: str, check: bool = True) -> str:
+        """Run a docker command; its output."""
+        return self._run(["docker", *words], check, 1)
+
+    def _run(self, words: list[str], check: bool, minutes: float) -> str:
+        done = subprocess.run(
+            words,
+            cwd=ROOT,
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60 * minutes,
+            check=False,
+        )
+        assert not check or done.returncode == 0, f"{words}: {done.stdout[-3000:]}"
+        return done.stdout
+
+    def start_run(self, *options: str) -> Follower:
+        """``docker compose run --rm run OPTIONS``, as a user types it."""
+        process = subprocess.Popen(
+            [*self._command, "run", "--rm", "-T", "run", *options],
+            cwd=ROOT,
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return Follower(process)
+
+    def ids(self, service: str) -> list[str]:
+        """The ids of a service's containers."""
+        return self.compose("ps", "-q", service).split()
+
+    def client_of(self, seat: int, run: str) -> str:
+        """The container of the client that holds a partition in the run ``run``."""
+        for name in self.ids("client"):
+            file = f"/state/seats/{name[:12]}.json"
+            said = self.docker("exec", name, "cat", file)
+            if json.loads(said).get(run) == seat:
+                return name
+        raise AssertionError(f"no client holds partition {seat}")
+
+    def cut(self, container: str) -> None:
+        """Take a container off the network, still running."""
+        self.docker("network", "disconnect", f"{PROJECT}_default", container)
+
+    def heal(self, container: str, service: str) -> None:
+        """The inverse of ``cut``."""
+        self.docker("network", "connect", "--alias", service, f"{PROJECT}_default", container)
+
+    def record(self, run: str) -> dict[str, Any]:
+        """The run's ``config.json``."""
+        found: dict[str, Any] = json.loads((self.runs / run / "config.json").read_text())
+        return found
+
+    def summary(self, run: str) -> dict[str, Any]:
+        """The run's ``summary.json``."""
+        found: dict[str, Any] = json.loads((self.runs / run / "summary.json").read_text())
+        return found
+
+    def rows(self, run: str, name: str) -> list[dict[str, Any]]:
+        """The objects of one of the run's JSONL files."""
+        lines = (self.runs / run / f"{name}.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def again_in_process(self, run: str, folder: Path) -> RunResult:
+        """The same run in this process, over the replies that counted in the containers and no others."""
+        counted = {row["round"]: set(row["replied"]) for row in self.rows(run, "rounds")}
+        settings = {**self.record(run)["config"], "name": run, "runs_dir": str(folder), "workers": 1}
+
+        def tamper(client: int, number: int, reply: Message) -> list[Message]:
+            if client in counted[number]:
+                return [reply]
+            lost = Message(Error(code=5, reason="lost"), reply_to=reply)
+            lost.metadata.__dict__.update(reply.metadata.__dict__)
+            return [lost]
+
+        return run_on(TamperedGrid(from_dict(settings), tamper))
+
+
+def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Wait for ``condition``; AssertionError after ``seconds``."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {seconds} s"
+        time.sleep(1.0)
