@@ -121,11 +121,11 @@ def backbone_trainables(
 def _dense(kind: Dense, model: nn.Module, config: RunConfig) -> Trainable:
     from fedmask.rng import rng_for
     from fedmask.space import backbone_of, backbone_parameters
-    from fedmask.trainables import DenseTensors, LoRA, biases
+    from fedmask.trainables import DenseTensors, LoRA, WholeTensors, biases
 
     match kind:
         case "full":
-            return DenseTensors("backbone", backbone_of(model), list(backbone_parameters(model)))
+            return WholeTensors("backbone", backbone_of(model), list(backbone_parameters(model)))
         case "bitfit":
             return DenseTensors("bias", backbone_of(model), biases(model))
         case "lora":

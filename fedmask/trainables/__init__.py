@@ -16,6 +16,7 @@ from fedmask.trainables.carried import CarriedEntries
 from fedmask.trainables.dense import DenseTensors
 from fedmask.trainables.lora import LoRA, target_layers
 from fedmask.trainables.masked import MaskedEntries
+from fedmask.trainables.whole import WholeTensors
 
 __all__ = [
     "ACTIVATIONS",
@@ -29,6 +30,7 @@ __all__ = [
     "Slot",
     "Trainable",
     "WeightAdapters",
+    "WholeTensors",
     "biases",
     "feed_forward_biases",
     "feed_forward_layers",

@@ -1,4 +1,4 @@
-"""Whole tensors trained directly: heads, feed-forward biases, and the backbone of full fine-tuning."""
+"""Whole tensors trained directly: heads and biases."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class DenseTensors(Trainable):
         self._lost = [lost_bits(read, name, parameters[name]) for name in names]
         self._order = {name: i for i, name in enumerate(names)}
         self._shapes = shapes
+        self._sizes = sizes
         self._chunks = Chunks(sizes)
 
     def begin(self, change: torch.Tensor, draw: Draw) -> None:
