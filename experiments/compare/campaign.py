@@ -21,9 +21,9 @@ from fedmask.errors import ConfigError
 class Campaign:
     """The runs of one study in one folder.
 
-    The search over learning rates comes first, for all variants; then the other seeds, seed by seed, so
-    that what is finished at any time compares. ``only``: names of the variants to run (empty: all).
-    ``retry``: run again what has failed.
+    The search over learning rates comes first, a rate of each variant in turn, from the middle of the grids;
+    then the other seeds, seed by seed. So what is finished at any time compares. ``only``: names of the
+    variants to run (empty: all). ``retry``: run again what has failed.
     """
 
     def __init__(
@@ -83,8 +83,9 @@ class Campaign:
 
     def cells(self) -> Iterator[Cell]:
         """Every cell that can be run by what is known now, in the order in which it should be."""
-        for variant in self.wanted:
-            yield from grid(self.study, variant)
+        searches = [_from_the_middle(grid(self.study, variant)) for variant in self.wanted]
+        for number in range(max(map(len, searches))):
+            yield from (search[number] for search in searches if number < len(search))
         winners = {variant.name: self.winner(variant) for variant in self.wanted}
         for number in range(len(self.study.seeds) - 1):
             for variant in self.wanted:
@@ -114,6 +115,12 @@ class Campaign:
             cells += repeats(self.study, variant, winner.lr) if winner else []
             done += sum(self.result(cell) is not None for cell in cells)
         return done, total
+
+
+def _from_the_middle(cells: list[Cell]) -> list[Cell]:
+    """The middle rates first: they are the likeliest, so an unfinished search says the most."""
+    middle = (len(cells) - 1) / 2
+    return sorted(cells, key=lambda cell: (abs(cells.index(cell) - middle), cell.lr))
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -40,7 +40,7 @@ def page(
     parts = [f"# {study.title or study.name}\n", f"```sh\n{command}\n```\n", _setting(study)]
     parts += [f"![{name.removesuffix('.png')}](figures/{name})\n" for name in figures]
     parts += [f"## {table.title}\n\n{table.markdown()}" for table in tables]
-    edges = [row.name for row in rows if row.winner is not None and row.winner.edge]
+    edges = [row.name for row in rows if row.winner is not None and row.winner.edge and not row.provisional]
     if edges:
         parts.append(f"At the edge of their grids, so a better rate may lie outside: {', '.join(edges)}.\n")
     return "\n".join(parts)

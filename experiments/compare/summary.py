@@ -41,7 +41,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Summary:
-    """One variant. Fields but the first four are empty until its search is complete and a seed is done.
+    """One variant. Fields but the first four are empty until a run of it is done.
+
+    While not all rates were tried, the winner is the best so far (``provisional``).
 
     ``grid``: rate -> validation score of the search, None for a failed run; rates not yet run are absent.
     ``against``: paired difference to the reference's final quality with its 95 % interval (lower, mean,
@@ -64,6 +66,11 @@ class Summary:
     def name(self) -> str:
         """The variant's name."""
         return self.variant.name
+
+    @property
+    def provisional(self) -> bool:
+        """Whether rates remain to be tried, so that another one may win."""
+        return len(self.grid) < len(self.variant.lr)
 
     def reach(self, goal: float) -> Point | None:
         """The first round whose mean quality is ``goal`` or more."""
@@ -121,10 +128,8 @@ def _without(values: Mapping[str, Any], dotted: str) -> dict[str, Any]:
 def _winner(
     study: Study, variant: Variant, at: Mapping[tuple[str, float, int], Result]
 ) -> tuple[Winner | None, list[Result]]:
-    """The winner once all rates were tried, and its finished runs."""
+    """The winner of the rates tried so far, and its finished runs."""
     tried = [at.get((cell.variant, cell.lr, cell.seed)) for cell in grid(study, variant)]
-    if any(result is None for result in tried):
-        return None, []
     winner = choose([result for result in tried if result is not None], variant.lr, study.select)
     if winner is None:
         return None, []

@@ -165,11 +165,9 @@ def _search(rows: Sequence[Summary]) -> Table:
             if lr in row.grid:
                 score = row.grid[lr]
                 won = row.winner is not None and row.winner.lr == lr
-                note = (
-                    ("chosen" + (", edge of the grid" if row.winner and row.winner.edge else ""))
-                    if won
-                    else ""
-                )
+                note = ("best so far" if row.provisional else "chosen") if won else ""
+                if won and row.winner is not None and row.winner.edge and not row.provisional:
+                    note += ", edge of the grid"
                 cells.append([row.name, f"{lr:g}", "failed" if score is None else f"{100 * score:.1f}", note])
     return Table("search", "The search: validation quality by learning rate, first seed",
                  ("variant", "learning rate", "validation", ""), cells)  # fmt: skip
@@ -199,6 +197,8 @@ def spread(found: Spread | None) -> str:
 
 def _rate(row: Summary) -> str:
     assert row.winner is not None
+    if row.provisional:
+        return f"{row.winner.lr:g} ({len(row.grid)} of {len(row.variant.lr)} tried)"
     return f"{row.winner.lr:g}" + (" (edge)" if row.winner.edge else "")
 
 

@@ -56,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_study_runs_once_and_its_results_say_everything(folder: Path) -> None:
     out = folder / "out"
     campaign = Campaign(study_of(folder), out, folder)
-    assert run(campaign)[:3] == ["full/0.001/1", "full/0.01/1", "pafi/0.01/1"]
+    assert run(campaign)[:3] == ["full/0.001/1", "pafi/0.01/1", "full/0.01/1"]
     assert campaign.progress() == (5, 5)
     assert run(Campaign(study_of(folder), out, folder)) == []  # finished ones are skipped
 
@@ -83,6 +83,13 @@ def test_a_study_runs_once_and_its_results_say_everything(folder: Path) -> None:
     assert "| pafi | pafi | 1 of 1 | 2 of 2 | complete |" in page
     for figure in ("quality_bytes", "bytes_to_goal"):
         assert (out / "figures" / f"{figure}.png").stat().st_size > 5000
+
+
+def test_searches_begin_in_the_middle_of_the_grids_and_go_through_the_variants_in_turn(folder: Path) -> None:
+    variants = [{"name": name, "method": name, "lr": [1e-4, 1e-3, 1e-2]} for name in ("pafi", "random")]
+    campaign = Campaign(study_of(folder, variants=variants, reference="pafi"), folder / "out", folder)
+    begun = [(cell.variant, cell.lr) for cell in campaign.cells()]
+    assert begun == [(name, lr) for lr in (1e-3, 1e-4, 1e-2) for name in ("pafi", "random")]
 
 
 def test_processes_give_the_same_results_as_none(folder: Path) -> None:

@@ -72,6 +72,16 @@ def test_a_row_is_the_winner_over_the_seeds() -> None:
     assert head.winner is None
 
 
+def test_an_unfinished_search_is_shown_as_such() -> None:
+    row = summarize(study(), [*FULL, PAFI[1]])[1]
+    assert row.provisional
+    assert row.winner is not None
+    tables = {t.name: t for t in all_tables(study(), summarize(study(), [*FULL, PAFI[1]]))}
+    assert tables["quality"].rows[1][1] == "0.01 (1 of 2 tried)"
+    assert ("pafi", "0.01", "91.0", "best so far") in {tuple(cells) for cells in tables["search"].rows}
+    assert tables["state"].rows[1][4] == "unfinished"
+
+
 def test_bytes_to_a_goal_are_those_of_the_first_round_that_reaches_it() -> None:
     rows = summarize(study(), [*FULL, *PAFI])
     found = goals(study(), rows)
