@@ -16,6 +16,7 @@ import fedmask._env  # noqa: F401  (before flwr is imported)
 from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients import union
 from clients.link import held_version, packed_change, received
 from clients.seat import claim_seat, seat_of
 from clients.specific import own_scores
@@ -123,6 +124,9 @@ def make_client_app(
         workspace, partition = enter(context)
         round = _round(message.content)
         try:
+            if workspace.config.has_views:
+                answer = union.trained(workspace, context, partition, message.content, round)
+                return Message(answer, reply_to=message)
             vector = _vector(workspace, context, partition, message.content, round - 1)
         except Behind as behind:
             return Message(behind_content(behind.held), reply_to=message)
@@ -134,13 +138,16 @@ def make_client_app(
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         workspace, partition = enter(context)
-        task = workspace.task_of(partition)
+        task, rows = workspace.task_of(partition), workspace.shard(partition).held_out
+        version = _round(message.content)
         try:
-            vector = _vector(workspace, context, partition, message.content, _round(message.content))
+            if workspace.config.has_views:
+                found = union.scored(workspace, context, partition, message.content, version)
+            else:
+                vector = _vector(workspace, context, partition, message.content, version)
+                found = workspace.evaluate(task, vector, rows) if len(rows) else {}
         except Behind as behind:
             return Message(behind_content(behind.held), reply_to=message)
-        rows = workspace.shard(partition).held_out
-        found = workspace.evaluate(task, vector, rows) if len(rows) else {}
         # "score" is the task's metric, under one name for all tasks as in the training replies.
         named = {"global-loss" if key == "loss" else "global-score": value for key, value in found.items()}
         return Message(reply_content(None, {EXAMPLES: len(rows), **named}), reply_to=message)

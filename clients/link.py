@@ -11,7 +11,7 @@ import numpy as np
 import fedmask._env  # noqa: F401  (before flwr is imported)
 from flwr.app import ArrayRecord, ConfigRecord, Context
 
-from fedmask.channel import Received, Residual, down_way, receive, up_codec
+from fedmask.channel import Received, Residual, Terms, down_way, receive, up_codec
 from fedmask.codecs import encode_update
 from fedmask.flower import RecordError, bytes_record, record_bytes
 from fedmask.rng import rng_for
@@ -28,11 +28,10 @@ def received(workspace: Workspace, context: Context, client: int, frame: bytes, 
     Raises ``Behind`` when ``frame`` holds changes of a vector that this client does not have.
     """
     keeps = down_way(workspace.config.down).change
-    held = _held(workspace, context, client) if keeps else _nothing(workspace, client)
+    held = (held_vector(context) if keeps else None) or _nothing(workspace, client)
     found = receive(frame, held, version, lambda at: workspace.down_terms(client, at))
     if keeps:
-        context.state[RECEIVED] = bytes_record(found.vector.tobytes(), RECEIVED)
-        _note(context, {"version": version})
+        keep_vector(context, found)
     return found.vector
 
 
@@ -47,7 +46,14 @@ def packed_change(
     workspace: Workspace, context: Context, client: int, round: int, change: np.ndarray
 ) -> bytes:
     """The envelope of a client's change, float32 ``[n]``; what error feedback carries on is remembered."""
-    codec, terms = up_codec(workspace.config.up), workspace.up_terms(client, round)
+    return encoded(workspace, context, client, round, change, workspace.up_terms(client, round))
+
+
+def encoded(
+    workspace: Workspace, context: Context, client: int, round: int, change: np.ndarray, terms: Terms
+) -> bytes:
+    """The same for values, float32 ``[n]``, that mean what ``terms`` say."""
+    codec = up_codec(workspace.config.up)
     before = _residual(context, terms.digest, terms.layout.size, round) if codec.keeps_state else None
     envelope, after = encode_update(
         change,
@@ -70,12 +76,18 @@ def packed_change(
     return envelope
 
 
-def _held(workspace: Workspace, context: Context, client: int) -> Received:
+def held_vector(context: Context) -> Received | None:
+    """What was received last and is kept; None for nothing."""
     record = context.state.get(RECEIVED)
     if not isinstance(record, ArrayRecord):
-        return _nothing(workspace, client)
-    values = np.frombuffer(record_bytes(record, RECEIVED), "<f4")
-    return Received(_noted(context, "version"), values)
+        return None
+    return Received(_noted(context, "version"), np.frombuffer(record_bytes(record, RECEIVED), "<f4"))
+
+
+def keep_vector(context: Context, found: Received) -> None:
+    """Remember what was received."""
+    context.state[RECEIVED] = bytes_record(found.vector.tobytes(), RECEIVED)
+    _note(context, {"version": found.version})
 
 
 def _nothing(workspace: Workspace, client: int) -> Received:

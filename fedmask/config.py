@@ -18,7 +18,7 @@ from fedmask.channel.ways import down_way, up_codec
 from fedmask.config_errors import one_line as _one_line
 from fedmask.config_errors import short as _short
 from fedmask.errors import ConfigError, unknown
-from fedmask.methods import METHODS, check_federated, check_masks
+from fedmask.methods import METHODS, TASK_SPECIFIC, check_federated, check_masks
 
 # Strict: a TOML string "8" or the value true is no number, and saying so beats guessing.
 Whole = Annotated[int, Field(strict=True)]
@@ -222,7 +222,9 @@ class RunConfig(_Settings):
     density: Real = Field(default=0.005, gt=0, le=1)
     eligible: Literal["linear", "linear+embeddings", "all"] = "linear"
     per_tensor: bool = False
-    placement: Literal["agreed", "server"] = "agreed"
+    mask_schedule: Literal["fixed", "rotate", "anneal"] = "fixed"
+    mask_bands: Whole | None = Field(default=None, ge=2)
+    placement: Literal["client", "agreed", "server"] = "agreed"
     agree_by: Literal["scores", "votes"] = "scores"
     public: PublicConfig | None = None
     mask_transport: Literal["recipe", "packed"] = "recipe"
@@ -287,6 +289,12 @@ class RunConfig(_Settings):
     def task_of(self, client: int) -> TaskConfig:
         """The settings of a client's task."""
         return [task for task in self.tasks for _ in range(task.clients)][client]
+
+    @property
+    def has_views(self) -> bool:
+        """Whether the trained entries differ between rounds or clients, so that the state is a union."""
+        own = self.method in TASK_SPECIFIC and self.placement == "client"
+        return own or self.mask_schedule != "fixed"
 
     @property
     def clients(self) -> int:

@@ -18,10 +18,11 @@ from torch import nn
 from fedmask.config import from_dict
 from fedmask.delta import Delta, read_delta
 from fedmask.errors import CheckpointError, ConfigError
-from fedmask.layout import HEAD_PREFIX
+from fedmask.layout import HEAD_PREFIX, Layout
 from fedmask.models import MeanHead, OwnHead
 from fedmask.training import Stream, tuned
 from fedmask.tuner import merge
+from fedmask.views import View, beside_size, up_layout
 from fedmask.workspace import Workspace
 
 _MANIFEST = "fedmask-export.json"
@@ -146,6 +147,8 @@ def open_run(run: Path) -> tuple[Workspace, Delta]:
             f"run {run}: trained on the checkpoint {delta.checkpoint}, model {workspace.config.model!r} "
             f"is {workspace.checkpoint_digest}; use the same pre-trained weights"
         )
+    if workspace.config.has_views:
+        return workspace, delta
     if delta.indices is not None:
         workspace.use_mask(delta.indices)
     if delta.recipe is not None and (workspace.mask is None or workspace.mask.digest != delta.recipe.mask):
@@ -158,7 +161,7 @@ def open_run(run: Path) -> tuple[Workspace, Delta]:
 
 def vector_of(workspace: Workspace, task: str, delta: Delta) -> np.ndarray:
     """The final vector of ``task``'s clients, float32 ``[layout.size]``; CheckpointError if there is none."""
-    layout = workspace.layout(task)
+    layout = _stored_layout(workspace, task, delta)
     wanted = {segment.name: segment.size for segment in layout.segments}
     others = {HEAD_PREFIX + other for other in workspace.tasks} - wanted.keys()
     found = {name: values.size for name, values in delta.segments.items() if name not in others}
@@ -172,10 +175,19 @@ def vector_of(workspace: Workspace, task: str, delta: Delta) -> np.ndarray:
 
 def merged(workspace: Workspace, task: str, delta: Delta) -> MeanHead | OwnHead:
     """``task``'s model with the final delta folded in, on tensors of its own."""
-    vector = vector_of(workspace, task, delta)
-    with tuned(workspace.model(task), vector, Stream(workspace.config.seed, -1, -1)):
-        own = copy.deepcopy(workspace.model(task))
+    vector, view = vector_of(workspace, task, delta), None
+    if workspace.config.has_views and delta.indices is not None:
+        view = View(workspace.no_mask, delta.indices)  # the file's order is the view's: union, then the rest
+    with tuned(workspace.model(task, view), vector, Stream(workspace.config.seed, -1, -1)):
+        own = copy.deepcopy(workspace.model(task, view))
         return merge(own)  # type: ignore[return-value]
+
+
+def _stored_layout(workspace: Workspace, task: str, delta: Delta) -> Layout:
+    layout = workspace.layout(task)
+    if not workspace.config.has_views or delta.indices is None:
+        return layout
+    return up_layout(layout, delta.indices.size)
 
 
 def _write(workspace: Workspace, task: str, model: MeanHead | OwnHead, folder: Path) -> None:
@@ -204,7 +216,7 @@ def _write(workspace: Workspace, task: str, model: MeanHead | OwnHead, folder: P
         task=task,
         source=workspace.config.model,
         method=workspace.config.method,
-        k=sum(s.size for s in workspace.layout(task).segments if s.shared),
+        k=workspace.k + beside_size(workspace.layout(task)),
         use=use,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

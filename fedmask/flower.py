@@ -36,6 +36,8 @@ KERNEL = "kernel"
 SEAT, TAKE = "seat", "take"
 ROWS = "rows"
 NOT_JOINED = "this node has not joined the run"
+PLACES = "places"
+INDICES = "indices"
 MAX_METRICS = 9
 _FULL_ID = 2**64 - 1
 EXAMPLES = "num-examples"
@@ -218,6 +220,9 @@ def content_payload_bytes(content: RecordDict) -> int:
         recipe = config.get(RECIPE)
         if isinstance(recipe, str):
             total += len(recipe.encode())
+        for key in (PLACES, INDICES):
+            packed = config.get(key)
+            total += len(packed) if isinstance(packed, bytes) else 0
     return total
 
 

@@ -67,8 +67,21 @@ def check_federated(method: Method, adapter: AdapterConfig) -> None:
 
 
 def check_masks(config: RunConfig) -> None:
-    """ConfigError for a mask that cannot be placed as ``config`` asks."""
-    if config.method in TASK_SPECIFIC and config.placement == "server":
+    """ConfigError for a mask that cannot move or be placed as ``config`` asks."""
+    method, schedule, placement = METHODS[config.method], config.mask_schedule, config.placement
+    specific = method.name in TASK_SPECIFIC
+    if schedule != "fixed":
+        if method.mask is None or specific:
+            raise ConfigError(
+                f"mask_schedule: method {method.name!r} has no mask that every client derives by itself, so"
+                " it cannot move; use method 'pafi', 'largest' or 'random'"
+            )
+        if config.mask_transport != "recipe" or config.adapter.target == "weight":
+            raise ConfigError(
+                f"mask_schedule {schedule!r}: expected mask_transport 'recipe' and adapter.target 'bias',"
+                f" found {config.mask_transport!r} and {config.adapter.target!r}"
+            )
+    if specific and placement == "server":
         if config.public is None:
             raise ConfigError(
                 "placement 'server': missing the table 'public' with rows of the server's own; give one, or"

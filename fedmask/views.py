@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
 
 from fedmask.layout import HEAD_PREFIX, Layout, Segment
-from fedmask.masks import Mask
+from fedmask.masks import Mask, Rule
+from fedmask.space import ParameterSpace
 from fedmask.trainables import MaskedEntries
 from fedmask.tuner import attach, detach, tuning_of
 from fedmask.unions import SparseChange, take, without
@@ -51,6 +52,12 @@ def turn(model: nn.Module, mask: Mask) -> None:
         for part in parts
     ]
     attach(model, turned)
+
+
+def union_mask(indices: np.ndarray, space: ParameterSpace, rule: Rule) -> Mask:
+    """A union of masks (int64, sorted) as a mask itself, which no rule derives: for files of a whole run."""
+    share = indices.size / space.eligible_size
+    return Mask(indices, space, replace(rule, name="union", density=share, per_tensor=False))
 
 
 def down_layout(beside: Layout, entries: int) -> Layout:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from typing import cast as as_type
 
 import numpy as np
+from torch import nn
 
 from fedmask import config as configuration
 from fedmask.channel import Terms
@@ -19,23 +20,14 @@ from fedmask.config import RunConfig, ScoreConfig
 from fedmask.errors import ConfigError, unknown
 from fedmask.kernels import available_kernels
 from fedmask.layout import HEAD_PREFIX, Layout
-from fedmask.masks import (
-    RULES,
-    Evidence,
-    Mask,
-    Recipe,
-    Rule,
-    Scores,
-    derive_mask,
-    mask_from_indices,
-    score_entries,
-)
+from fedmask.masks import Evidence, Mask, Scores, score_entries
 from fedmask.methods import METHODS, backbone_trainables
 from fedmask.models import Backbone, MeanHead, OwnHead, head_parameters, load_backbone, task_model
+from fedmask.positions import Positions, UnionTerms
 from fedmask.precision import PRECISIONS, Precision, cast
 from fedmask.rng import rng_for
-from fedmask.run_data import RunData
-from fedmask.space import ParameterSpace, backbone_parameters, checkpoint_digest, parameter_space
+from fedmask.run_masks import RunMasks
+from fedmask.space import backbone_parameters
 from fedmask.stored import is_half
 from fedmask.tasks import TaskData, Tokenized, load_task, tokenize_rows
 from fedmask.trainables import CarriedEntries, DenseTensors
@@ -51,14 +43,14 @@ NO_KERNEL = (
 )
 
 
-class Workspace(RunData):
+class Workspace(RunMasks):
     """One run's backbone, mask, task models and data, each made when first asked for."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         self._models: dict[str, MeanHead | OwnHead] = {}
         self._trained: dict[str, str] = {}  # the digest of the mask that a task's model trains now
-        self._given: Mask | None = None
+        self._bare: dict[str, Layout] = {}  # layouts without any view's entries
         self._precision: Precision | None = None if config.precision == "auto" else config.precision
         self._kernel: str | None = None
 
@@ -132,6 +124,10 @@ class Workspace(RunData):
             other.__dict__["backbone"] = self.backbone.copy_in(precision)
         return other
 
+    @property
+    def _masked_model(self) -> nn.Module:
+        return self.backbone.model
+
     def _forget_models(self) -> None:
         for model in self._models.values():
             detach(model)
@@ -153,72 +149,18 @@ class Workspace(RunData):
         """Number of backbone parameters; pooler and head are outside."""
         return sum(p.numel() for p in backbone_parameters(self.backbone.model).values())
 
-    @property
-    def rule(self) -> Rule | None:
-        """How the run's mask is chosen; None for methods without one."""
-        name = METHODS[self.config.method].mask
-        if name is None:
-            return None
-        seed = self.config.seed if name.startswith("random") else 0
-        return Rule(name, self.config.density, self.config.eligible, self.config.per_tensor, seed)
-
-    @cached_property
-    def _derived(self) -> Mask | None:
-        found = self.rule is not None and self.rule.name in RULES
-        return derive_mask(self.backbone.model, self.rule) if found and self.rule else None
-
-    @property
-    def mask(self) -> Mask | None:
-        """The mask in use: the one that was handed in, else the one derived from the checkpoint.
-
-        None without a mask, and as long as one that comes from labelled rows has not been agreed on.
-        """
-        return self._given or self._derived
-
-    @cached_property
-    def space(self) -> ParameterSpace:
-        """The space over which masks are indexed."""
-        return (
-            self._derived.space
-            if self._derived
-            else parameter_space(self.backbone.model, self.config.eligible)
-        )
-
-    @cached_property
-    def checkpoint_digest(self) -> str:
-        """SHA-256 (hex) of the backbone's stored values."""
-        return self._derived.space.checkpoint if self._derived else checkpoint_digest(self.backbone.model)
-
-    @property
-    def digest(self) -> str:
-        """What an update's envelope names: the mask's digest, or the checkpoint's where there is no mask."""
-        return self.mask.digest if self.mask is not None else self.checkpoint_digest
-
-    def recipe(self) -> Recipe | None:
-        """What the server offers; None for methods without a mask."""
-        return self.mask.recipe() if self.mask is not None else None
-
-    def use_mask(self, indices: np.ndarray) -> None:
-        """Use a mask that came by wire (int64, sorted) instead. CheckpointError if it is unsound."""
-        if self.rule is None:
-            raise ConfigError(f"method {self.config.method!r} has no mask to replace")
-        given = mask_from_indices(indices, self.space, self.rule)
-        if self.mask is not None and given.digest == self.mask.digest:
-            return
-        self._forget_models()
-        self._given = given
-
-    def forget_mask(self) -> None:
-        """Go back to the mask derived from the checkpoint, or to none."""
-        self._forget_models()
-        self._given = None
+    def union_terms(self, client: int, positions: Positions) -> UnionTerms:
+        """What the values of a client's messages mean where its view is of ``positions``."""
+        return UnionTerms(positions, self.layout(self.task_of(client)), self.space, self.no_mask.rule)
 
     def model(self, task: str, view: View | None = None) -> MeanHead | OwnHead:
         """The task's model with the method's trainables and its head attached, at the reference.
 
         ``view``: train its mask and carry its other entries; the same model is turned to another view in a
-        few milliseconds. None: the run's one mask. A run uses views throughout or not at all.
+        few milliseconds. None: the run's one mask; in a run of views, a model that trains none.
         """
+        if view is None and self.config.has_views:
+            view = View(self.no_mask, self.no_mask.indices)
         mask = self.mask if view is None else view.trained
         if task not in self._models:
             self._models[task] = self._tune(task, mask, carries=view is not None)
@@ -242,14 +184,6 @@ class Workspace(RunData):
         self._trained[task] = mask.digest if mask else ""
         return model
 
-    @cached_property
-    def no_mask(self) -> Mask:
-        """A mask of this run's rule without entries."""
-        rule = self.rule
-        if rule is None:
-            raise ConfigError(f"method {self.config.method!r} has no mask")
-        return Mask(np.empty(0, np.int64), self.space, rule)
-
     def _new_model(self, task: str) -> MeanHead | OwnHead:
         return self._fresh_model(self.data(task))
 
@@ -267,6 +201,10 @@ class Workspace(RunData):
 
     def layout(self, task: str, view: View | None = None) -> Layout:
         """The segments of the vector that a client of ``task`` receives and sends; see ``model``."""
+        if view is None and self.config.has_views:  # asked often, and turning the model takes a while
+            if task not in self._bare:
+                self._bare[task] = tuning_of(self.model(task)).layout
+            return self._bare[task]
         return tuning_of(self.model(task, view)).layout
 
     def down_terms(self, client: int, version: int) -> Terms:

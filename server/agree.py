@@ -32,7 +32,7 @@ MASK_FILE = "mask.bin"
 
 def needs_agreement(workspace: Workspace) -> bool:
     """Whether one mask has to be found before the run's vectors have a length."""
-    return workspace.config.method in TASK_SPECIFIC
+    return workspace.config.method in TASK_SPECIFIC and not workspace.config.has_views
 
 
 def find_mask(

@@ -33,6 +33,7 @@ from server.seats import lost_seats
 from server.state import RunState
 from server.streaming import make_strategy
 from server.summary import costs, save_change
+from server.unequal import refuse_strategy
 
 __all__ = ["RunResult", "app", "make_server_app", "run_server"]
 
@@ -114,6 +115,7 @@ def run_server(
     folder = RunFolder(config, existing)
     point = interrupted(folder.path, config) if existing == "resume" else None
     strategy = make_strategy(config.server)
+    refuse_strategy(config)
     workspace = get_workspace(config)
     measured = point.settle_precision(workspace) if point else settle_precision(workspace)
     ledger, roster, search = Ledger(), None, point.record.get("mask_search", {}) if point else {}
@@ -130,7 +132,8 @@ def run_server(
         roster = enlist()
         search = find_mask(grid, workspace, roster, ledger, observer.on_reply)
     state = point.state if point else RunState.start(workspace)
-    strategy.check(config.server.clients_per_round or config.clients, state.shared.size)
+    size = state.shared.size + workspace.k if config.has_views else state.shared.size
+    strategy.check(config.server.clients_per_round or config.clients, size)
     record = run_record(workspace, engine, measured) | {"mask_search": search, "flower_run": run_id}
     if point:
         point.check(record)
@@ -198,6 +201,9 @@ def _finish(
     clients, unscored = federation.client_scores(state) if client_evaluation else ({}, [])
     folder.save_ledger(ledger)
     schedule = [row["sampled"] for row in rows[1:]]
+    if found := [row["mask_search"] for row in rows if "mask_search" in row]:
+        search = {"placement": "client", "rule": workspace.no_mask.rule.name}
+        search |= {key: sum(one[key] for one in found) for key in ("clients", "seconds")}
     summary: dict[str, Any] = {
         "test": test,
         "final_dev": rows[-1]["dev"],

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
-from fedmask.channel import down_way, frame_for, whole_frame
-from fedmask.flower import update_content
+from fedmask.channel import down_way, frame_for, read_frame, whole_frame
+from fedmask.channel.frames import WHOLE
+from fedmask.flower import CONFIG, PLACES, update_content
+from fedmask.positions import ByHolders, pack_positions
 from fedmask.rng import rng_for
 from fedmask.workspace import Workspace
 from server.state import RunState
@@ -18,6 +20,8 @@ def down_contents(
 ) -> dict[int, RecordDict]:
     """Each client's message, shared where it is the same. ``held``: by client, the version that it holds."""
     made: dict[tuple[str, int], RecordDict] = {}
+    if workspace.config.has_views:
+        return _union_contents(workspace, state, round, held, clients)
     changes = down_way(workspace.config.down).change
     out = {}
     for client in clients:
@@ -34,3 +38,27 @@ def _frame(workspace: Workspace, state: RunState, client: int, stream: str, held
         return frame_for(state.public[stream], held, terms)
     generator = rng_for(workspace.config.seed, state.round, -1, f"codec/{stream}")
     return whole_frame(state.exact(stream), state.round, terms, way.codec, generator)
+
+
+def _union_contents(
+    workspace: Workspace, state: RunState, round: int, held: Mapping[int, int], clients: Sequence[int]
+) -> dict[int, RecordDict]:
+    """The same where the entries differ: changes of a growing union, or the whole of it.
+
+    Clients with masks of their own are also told what of its positions is new to them.
+    """
+    frames: dict[tuple[str, int], bytes] = {}
+    positions = state.positions(workspace)
+    out = {}
+    for client in clients:
+        key = workspace.stream_of(client), held.get(client, 0)
+        if key not in frames:
+            whole = workspace.union_terms(client, positions).whole(state.round)
+            frames[key] = frame_for(state.public[key[0]], key[1], whole)
+        out[client] = update_content(frames[key], round)
+        if isinstance(positions, ByHolders):
+            steps = read_frame(frames[key]).base != WHOLE
+            own = positions.masks.get(client)
+            told = pack_positions(positions, key[1], state.round, steps, own, workspace.space)
+            out[client][CONFIG] = ConfigRecord({"round": round, PLACES: told})
+    return out

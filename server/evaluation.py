@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fedmask.views import View
 from fedmask.workspace import Workspace
 
 Scores = dict[str, dict[str, float]]
@@ -17,20 +18,21 @@ def central_scores(
     heads: Mapping[str, np.ndarray],
     split: str,
     rows: int | None,
+    view: View | None = None,
 ) -> Scores:
     """``{task: {"loss": ..., metric: ...}}`` on ``split`` ("dev" or "test").
 
     ``shared`` and each of ``heads``: float32, flat. ``rows``: at most that many in all, the same number for
-    each task (None: every row). Tasks without rows in that split are left out. Runs with this process's
-    own number of threads, not the clients': a loss may differ in its last bits between machines, the
-    trained vector does not.
+    each task (None: every row). ``view``: what the model carries (``RunState.view``). Tasks without rows in
+    that split are left out. Runs with this process's own number of threads, not the clients': a loss may
+    differ in its last bits between machines, the trained vector does not.
     """
     most = None if rows is None else max(1, rows // len(workspace.tasks))
     out: Scores = {}
     for task in workspace.tasks:
         data = workspace.central(task, split, most)
         if len(data):
-            out[task] = workspace.evaluate(task, np.concatenate([shared, heads[task]]), data)
+            out[task] = workspace.evaluate(task, np.concatenate([shared, heads[task]]), data, view)
     return out
 
 

@@ -9,6 +9,8 @@ import numpy as np
 
 from fedmask.config import RunConfig
 from fedmask.kernels import available_kernels
+from fedmask.layout import Layout
+from fedmask.views import up_layout
 from fedmask.workspace import Workspace
 from server.record import machine, versions
 
@@ -40,18 +42,24 @@ def run_record(workspace: Workspace, engine: str, measured: dict[str, float]) ->
 
 
 def _facts(workspace: Workspace, config: RunConfig) -> dict[str, Any]:
-    mask = workspace.mask
+    mask = workspace.mask if config.mask_schedule == "fixed" else workspace.schedule.mask(1)
     return {
-        "k": mask.k if mask else 0,
+        "k": workspace.k,
         "mask_digest": mask.digest if mask else None,
-        "eligible_size": mask.space.eligible_size if mask else 0,
+        "eligible_size": workspace.space.eligible_size if workspace.k else 0,
         "backbone_size": workspace.backbone_size,
         "layout": {
-            task: [[segment.name, segment.size] for segment in workspace.layout(task).segments]
+            task: [[segment.name, segment.size] for segment in _sent(workspace, task).segments]
             for task in workspace.tasks
         },
         "partitions": [_partition(workspace, client) for client in range(config.clients)],
     }
+
+
+def _sent(workspace: Workspace, task: str) -> Layout:
+    """The segments that a client sends."""
+    layout = workspace.layout(task)
+    return up_layout(layout, workspace.k) if workspace.config.has_views else layout
 
 
 def _partition(workspace: Workspace, client: int) -> dict[str, Any]:

@@ -88,13 +88,14 @@ def read_training(
     round: int,
     codec: str,
     most: Most,
+    brought: bool = False,
 ) -> Contribution:
-    """A training reply as a contribution.
+    """A training reply as a contribution. ``brought``: a mask comes with it (``server.uplink``).
 
     ``terms``: what the values must mean; ``codec``: the one in which they must come. Raises ``EnvelopeError``
     (or a subclass) for anything that is not exactly the agreed records, or that claims more than ``most``.
     """
-    content = _records(message.content, ARRAYS, METRICS)
+    content = _records(message.content, ARRAYS, METRICS, *([CONFIG] if brought else []))
     arrays = _record(content, ARRAYS, ArrayRecord)
     metrics = read_metrics(
         _record(content, METRICS, MetricRecord), required=(EXAMPLES, "train-loss", "steps")

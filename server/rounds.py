@@ -18,8 +18,8 @@ from flwr.serverapp import Grid
 
 from fedmask.channel import up_codec
 from fedmask.config import RunConfig
-from fedmask.errors import EnvelopeError, FederationError
-from fedmask.flower import EVALUATE, EXAMPLES, HELD_OUT, TRAIN, behind_version
+from fedmask.errors import EnvelopeError, FederationError, FedmaskError
+from fedmask.flower import EVALUATE, EXAMPLES, HELD_OUT, SECONDS, TRAIN, behind_version
 from fedmask.ledger import Ledger
 from fedmask.rng import rng_for
 from fedmask.training import planned_steps
@@ -32,6 +32,8 @@ from server.observer import Observer
 from server.replies import Most, read_scores, read_training
 from server.state import RunState
 from server.strategy import Contribution, Strategy
+from server.unequal import start_tally
+from server.uplink import own_mask, up_terms
 
 Row = dict[str, Any]
 _ADDED = np.empty(0, np.float32)
@@ -107,11 +109,11 @@ class Federation:
         clients = self.sample(round)
         self.observer.on_round_start(round, clients)
         most_rows = sum(self.most[client].rows for client in clients)
-        tally = self.strategy.start(round, state.shared, state.heads, most_rows)
+        tally = start_tally(self.strategy, self.workspace, state, most_rows)
         good: list[Contribution] = []
 
         def arrived(answer: Answer) -> None:
-            for reply in self._judge(answer, round):
+            for reply in self._judge(answer, state):
                 tally.add(reply)
                 good.append(replace(reply, change=_ADDED))  # whether the change is kept is the tally's affair
             self.observer.on_reply(answer.client)
@@ -127,12 +129,17 @@ class Federation:
             )
         combined = tally.result()
         held = state.held | {reply.client: state.round for reply in good}
-        after = RunState(round, combined.shared, combined.heads, state.public, held)
+        own = {reply.client: reply.indices for reply in good if reply.indices is not None}
+        holders = state.holders.with_round(round, own) if own else state.holders
+        after = RunState(round, combined.shared, combined.heads, state.public, held, holders)
         after.publish(self.workspace)
         row.update(self._measured(good))
         row["replied"] = sorted(reply.client for reply in good)
         row["selected"] = list(combined.selected)
         row["note"] = combined.note
+        if own:
+            took = [reply.metrics[SECONDS] for reply in good if SECONDS in reply.metrics]
+            row["mask_search"] = {"clients": len(took), "seconds": sum(took)}
         row |= self.central_row(after)
         row["seconds"] = time.monotonic() - began
         return after, row
@@ -140,7 +147,8 @@ class Federation:
     def scores(self, state: RunState, split: str) -> Scores:
         """Central scores of a state: ``dev`` on at most ``eval_rows`` rows, ``test`` on all."""
         rows = self.config.eval_rows if split == "dev" else None
-        return central_scores(self.workspace, state.shared, state.heads, split, rows)
+        view = state.view(self.workspace)
+        return central_scores(self.workspace, state.shared, state.heads, split, rows, view)
 
     def central_row(self, state: RunState) -> dict[str, Scores]:
         """The central scores that a round's row holds; ``test`` only where the settings ask for its curve."""
@@ -218,26 +226,29 @@ class Federation:
         requests = [Request(self.roster.nodes[client], client, contents[client]) for client in clients]
         return exchange(self.grid, requests, kind, self.config.server.timeout, arrived)
 
-    def _judge(self, answer: Answer, round: int) -> list[Contribution]:
+    def _judge(self, answer: Answer, state: RunState) -> list[Contribution]:
         """A reply as a contribution, or none with the reason in the answer; the reply itself is let go."""
         if answer.reply is None:
             return []
-        task = self.workspace.task_of(answer.client)
+        task, round = self.workspace.task_of(answer.client), state.round + 1
         try:
+            mask, more = own_mask(answer.reply, self.workspace, state, answer.client)
             found = read_training(
                 answer.reply,
                 client=answer.client,
                 task=task,
-                terms=self.workspace.up_terms(answer.client, round),
+                terms=up_terms(self.workspace, state, answer.client, mask),
                 round=round,
                 codec=up_codec(self.config.up).name,
                 most=self.most[answer.client],
+                brought=more is not None,
             )
-        except EnvelopeError as error:
+        except FedmaskError as error:
             answer.fail("rejected", str(error))
             return []
         answer.reply = None
-        return [found]
+        indices = mask.indices if mask is not None else None
+        return [replace(found, indices=indices, metrics={**found.metrics, **(more or {})})]
 
     def _scores_of(self, answer: Answer) -> dict[str, float]:
         if answer.reply is None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedmask.channel import Public, advance, down_way, start_public
+from fedmask.channel import Public, Terms, advance, change_way, down_way, start_public
+from fedmask.positions import ByHolders, Positions
+from fedmask.views import View
 from fedmask.workspace import Workspace
 
 
@@ -18,7 +20,8 @@ class RunState:
     ``shared`` float32 ``[s]``, ``heads`` float32 by task: changes from the reference, zeros at first. This is
     the exact state: what is scored, averaged and exported. ``public``: by stream, what the clients can hold
     of it, where changes are sent down (``fedmask.channel.public``). ``held``: by client, the version that it
-    confirmed last; 0, the pre-trained model, for those not named.
+    confirmed last; 0, the pre-trained model, for those not named. ``holders``: clients' own masks, where they
+    have them; ``shared`` then, and with a mask that moves, begins with the values at the known positions.
     """
 
     round: int
@@ -26,6 +29,7 @@ class RunState:
     heads: dict[str, np.ndarray]
     public: dict[str, Public] = field(default_factory=dict)
     held: dict[int, int] = field(default_factory=dict)
+    holders: ByHolders = field(default_factory=ByHolders)
 
     @classmethod
     def start(cls, workspace: Workspace) -> RunState:
@@ -34,7 +38,7 @@ class RunState:
         shared = next(iter(layouts.values())).shared_size
         heads = {task: np.zeros(layout.size - shared, np.float32) for task, layout in layouts.items()}
         state = cls(0, np.zeros(shared, np.float32), heads)
-        if down_way(workspace.config.down).change:
+        if down_way(workspace.config.down).change or workspace.config.has_views:
             state.public = {stream: start_public(state.exact(stream).size) for stream in heads}
         return state
 
@@ -42,18 +46,35 @@ class RunState:
         """What the clients of a stream should get, float32 ``[n]``: the shared segments, then the head."""
         return np.concatenate([self.shared, self.heads[stream]])
 
+    def positions(self, workspace: Workspace) -> Positions:
+        """Which entries the run has trained, where that is not one fixed mask."""
+        return self.holders if workspace.config.mask_schedule == "fixed" else workspace.positions
+
+    def view(self, workspace: Workspace) -> View | None:
+        """What a model carries that is scored at this state; None with one fixed mask."""
+        if not workspace.config.has_views:
+            return None
+        return View(workspace.no_mask, self.positions(workspace).known(self.round))
+
     def confirm(self, joined: Mapping[int, int]) -> None:
         """Take note of clients (partition -> version) that hold less than they confirmed: they are new."""
         self.held = {client: min(version, joined.get(client, 0)) for client, version in self.held.items()}
 
     def publish(self, workspace: Workspace) -> None:
         """Let ``public`` follow a round that has changed ``shared`` and ``heads``."""
-        codec = down_way(workspace.config.down).codec
-        terms = {
-            workspace.stream_of(client): workspace.down_terms(client, self.round)
-            for client in range(workspace.config.clients)
-        }
+        codec, terms = down_way(workspace.config.down).codec, {}
+        if workspace.config.has_views:
+            codec = change_way(workspace.config.down).codec
+        for client in range(workspace.config.clients):
+            if (stream := workspace.stream_of(client)) not in terms:
+                terms[stream] = self._terms(workspace, client)
         self.public = {
             stream: advance(public, self.exact(stream), terms[stream], codec)
             for stream, public in self.public.items()
         }
+
+    def _terms(self, workspace: Workspace, client: int) -> Terms:
+        """What the values of the change that leads to this state mean."""
+        if not workspace.config.has_views:
+            return workspace.down_terms(client, self.round)
+        return workspace.union_terms(client, self.positions(workspace)).change(self.round)

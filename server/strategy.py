@@ -34,6 +34,7 @@ class Contribution:
     """One accepted reply.
 
     ``change``: float32 ``[n]``, local vector - received vector, shared segments first, the task's head last.
+    ``indices``: int64 ``[k]``, the entries of the client's own mask, where clients have one each.
     """
 
     client: int
@@ -41,6 +42,7 @@ class Contribution:
     examples: int
     change: np.ndarray
     metrics: Mapping[str, float] = field(default_factory=dict)
+    indices: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

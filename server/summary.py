@@ -15,6 +15,7 @@ from fedmask.delta import write_delta
 from fedmask.methods import TASK_SPECIFIC
 from fedmask.space import backbone_parameters
 from fedmask.tuner import tuning_of
+from fedmask.views import beside_size, union_mask, up_layout
 from fedmask.workspace import Workspace
 from server.record import vector_digest
 from server.state import RunState
@@ -24,17 +25,22 @@ def save_change(workspace: Workspace, state: RunState, path: Path) -> None:
     """``delta.safetensors``: the shared segments and every task's head, as changes from the reference."""
     segments: dict[str, np.ndarray] = {}
     names: dict[str, list[str]] = {}
+    view, mask = state.view(workspace), workspace.mask
+    if view is not None:
+        mask = union_mask(view.carried, workspace.space, workspace.no_mask.rule)
     for task in workspace.tasks:
-        vector = np.concatenate([state.shared, state.heads[task]])
-        segments |= {name: vector[where] for name, where in workspace.layout(task).slices().items()}
+        vector, layout = np.concatenate([state.shared, state.heads[task]]), workspace.layout(task)
+        if mask is not None and view is not None:
+            layout = up_layout(layout, mask.k)
+        segments |= {name: vector[where] for name, where in layout.slices().items()}
         for trainable in tuning_of(workspace.model(task)).trainables:
-            if hasattr(trainable, "names"):
+            if trainable.size and hasattr(trainable, "names"):
                 names[trainable.segment] = list(trainable.names)
     write_delta(
         path,
         segments,
         checkpoint=workspace.checkpoint_digest,
-        mask=workspace.mask,
+        mask=mask,
         names=names,
         more={"vector_sha256": vector_digest(state.shared, state.heads), "run": workspace.config.name},
     )
@@ -47,24 +53,23 @@ def costs(
 
     ``schedule``: the partitions asked in each round; ``unions``: see ``fedmask.costs.RunFacts``.
     """
-    config, mask = workspace.config, workspace.mask
+    config, k = workspace.config, workspace.k
     layouts = {task: workspace.layout(task) for task in workspace.tasks}
     heads = {task: layout.size - layout.shared_size for task, layout in layouts.items()}
-    shared = next(iter(layouts.values())).shared_size
-    k = mask.k if mask else 0
+    beside = beside_size(next(iter(layouts.values())))
     backbone = backbone_parameters(workspace.backbone.model)
     recipe = workspace.recipe()
     once = _for_the_mask(workspace)
     found = compare(
         RunFacts(
             k=k,
-            eligible_size=mask.space.eligible_size if mask else 0,
+            eligible_size=workspace.space.eligible_size if k else 0,
             backbone_size=workspace.backbone_size,
             client_heads=[heads[workspace.task_of(client)] for client in range(config.clients)],
             schedule=schedule,
-            beside=shared - k,
             up_value_bytes=value_bytes(config.up),
             down_value_bytes=value_bytes(config.down),
+            beside=beside,
             recipe_bytes=len(recipe.to_json().encode()) if recipe else 0,
             once_up_bytes=once[0],
             once_down_bytes=once[1],

@@ -9,18 +9,20 @@ from fedmask.channel.frames import Frame, payload_bytes, read_frame, write_frame
 from fedmask.channel.public import Public, advance, frame_for, start_public, whole_frame
 from fedmask.channel.received import Behind, Received, receive
 from fedmask.channel.residual import Residual
-from fedmask.channel.terms import Terms
-from fedmask.channel.ways import Down, down_way, up_codec, value_bytes
+from fedmask.channel.terms import Places, Terms
+from fedmask.channel.ways import Down, change_way, down_way, up_codec, value_bytes
 
 __all__ = [
     "Behind",
     "Down",
     "Frame",
+    "Places",
     "Public",
     "Received",
     "Residual",
     "Terms",
     "advance",
+    "change_way",
     "down_way",
     "frame_for",
     "payload_bytes",

@@ -52,14 +52,15 @@ def advance(public: Public, exact: Vector, terms: Terms, codec: Codec) -> Public
     Changes that together would be larger than the whole vector are let go, the oldest first.
     """
     version = public.version + 1
+    before = terms.grown(public.vector)
     change, _ = encode_update(
-        exact - public.vector, terms.layout, codec=codec, digest=terms.digest, round=version
+        terms.taken(exact - before), terms.layout, codec=codec, digest=terms.digest, round=version
     )
     read = unpack_update(change, layout=terms.layout, digest=terms.digest, round=version)
     changes = [*public.changes, change][-MOST_CHANGES:]
     while sum(map(len, changes)) > _whole_bytes(exact.size, change):
         del changes[0]
-    return Public(version, public.vector + read, tuple(changes))
+    return Public(version, terms.moved(before, read), tuple(changes))
 
 
 def frame_for(public: Public, held: int, terms: Terms) -> bytes:

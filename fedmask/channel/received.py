@@ -30,22 +30,26 @@ class Behind(EnvelopeError):
         self.held = held
 
 
-def receive(data: bytes, held: Received, version: int, terms: Callable[[int], Terms]) -> Received:
+def receive(
+    data: bytes, held: Received, version: int, terms: Callable[[int], Terms], whole: Terms | None = None
+) -> Received:
     """The vector of ``version`` that a frame carries or leads to.
 
-    ``terms(v)``: what the values of version v stand for. Changes that the client has read before are skipped.
+    ``terms(v)``: what the values of version v stand for; ``whole``: those of a whole vector, where they are
+    others than the change's. Changes that the client has read before are skipped.
     Raises ``Behind`` when it must be sent the whole vector, ``EnvelopeError`` for unsound bytes.
     """
     frame = read_frame(data)
     if frame.version != version:
         raise StaleRound(f"frame: expected version {version}, found {frame.version}")
     if frame.base == WHOLE:
-        return Received(version, _read(frame.envelopes[0], terms(version), version))
+        return Received(version, _read(frame.envelopes[0], whole or terms(version), version))
     if not frame.base <= held.version <= version:
         raise Behind(held.version, f"frame: expected to hold version {frame.base}, found {held.version}")
     vector = held.vector
     for at in range(held.version + 1, version + 1):
-        vector = vector + _read(frame.envelopes[at - frame.base - 1], terms(at), at)
+        step = terms(at)
+        vector = step.moved(step.grown(vector), _read(frame.envelopes[at - frame.base - 1], step, at))
     if (found := zlib.crc32(vector.tobytes())) != frame.checksum:
         raise Behind(0, f"frame: expected a vector with checksum {frame.checksum:08x}, found {found:08x}")
     return Received(version, vector)

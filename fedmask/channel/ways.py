@@ -61,6 +61,12 @@ def down_way(spec: str) -> Down:
     return Down(codec, False)
 
 
+def change_way(spec: str) -> Down:
+    """``spec`` with changes sent down, whether it says so or not. Raises ``ConfigError``."""
+    way = down_way(spec)
+    return way if way.change else down_way(spec.partition("+")[0] + _CHANGE)
+
+
 @lru_cache
 def value_bytes(spec: str) -> float:
     """Payload bytes an entry, scales and positions included, of ``up`` or ``down`` for a long vector."""

@@ -39,9 +39,9 @@ class CarriedEntries(Trainable):
 
     def place(self, indices: np.ndarray) -> None:
         """Carry the change at ``indices`` (int64, sorted) from the next ``begin`` on."""
-        self.restore()
         if np.array_equal(indices, self._indices):
             return
+        self.restore()
         if indices.size and (indices[0] < 0 or indices[-1] >= self._space.size):
             raise CheckpointError(
                 f"carried entries: expected indices below {self._space.size}, found {indices[0]} to "

@@ -13,6 +13,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 
 import fedmask.run_data
+import fedmask.run_masks
 import fedmask.workspace
 from experiments.inprocess import InProcessGrid
 from fedmask.config import PartitionConfig, RunConfig
@@ -139,13 +140,13 @@ def test_every_node_is_asked_once_and_the_mask_is_derived_once(
 ) -> None:
     config = make_config(clients=(100, 50))
     derived: list[int] = []
-    derive = fedmask.workspace.derive_mask
+    derive = fedmask.run_masks.derive_mask
 
     def counted(*args: object) -> object:
         derived.append(1)
         return derive(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fedmask.workspace, "derive_mask", counted)
+    monkeypatch.setattr(fedmask.run_masks, "derive_mask", counted)
     fedmask.workspace._workspace.cache_clear()
     ledger, workspace = Ledger(), get_workspace(config)
     roster = join(InProcessGrid(config), workspace, ledger, node_timeout=5.0, arrived=lambda _client: None)
