@@ -14,12 +14,14 @@ from flwr.app import Context, RecordDict
 
 from clients.app import make_client_app
 from experiments.inprocess import InProcessGrid
+from experiments.states import KeepStates
 from experiments.superlink import RemoteRun, run_superlink
 from experiments.workers import MakeApp
+from fedmask.channel import down_way, up_codec
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError, FederationError
 from server.app import RunResult, make_server_app
-from server.observer import Observer
+from server.observer import Observer, Several, Silent
 from server.record import Existing
 
 __all__ = ["RemoteRun", "RunResult", "default_workers", "run_inprocess", "run_ray", "run_superlink"]
@@ -48,15 +50,18 @@ def run_inprocess(
     processes, so the calling script needs ``if __name__ == "__main__":``. Raises ``FedmaskError``.
     """
     results: list[RunResult] = []
+    watching: list[Observer] = [observer or Silent()]
     server = make_server_app(
         config,
-        observer,
+        Several(watching),
         engine="inprocess",
         existing=existing,
         client_evaluation=client_evaluation,
         on_result=results.append,
     )
     with InProcessGrid(config, default_workers(config), make_app) as grid, _quiet_log():
+        if up_codec(config.up).keeps_state or down_way(config.down).change:
+            watching.append(KeepStates(grid.states, resume=existing == "resume"))
         context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
         server(grid=grid, context=context)
     return results[0]

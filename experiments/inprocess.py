@@ -2,7 +2,7 @@
 
 Every message is really serialized and read again, so client and server share no objects and the bytes
 counted are the bytes of any other engine. A client at rest is one number; what it keeps between messages
-is stored once for all clients that keep the same.
+stands in ``experiments.states``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from clients.app import make_client_app
-from experiments.wire import Parcel, pack, unpack_message
+from experiments.states import States
+from experiments.wire import pack, unpack_message
 from experiments.workers import Done, Job, MakeApp, Workers, answer
 from fedmask.config import RunConfig
 from fedmask.flower import ensure_identity
@@ -48,8 +49,7 @@ class InProcessGrid(Grid):
         self._count = itertools.count(1)
         self._queue: deque[tuple[str, float, Job]] = deque()
         self._ready: dict[str, Message] = {}
-        self._states: dict[int, Parcel] = {}
-        self._interned: dict[str, Parcel] = {}
+        self.states = States()
         self._run: Any = None
         self._workers = Workers(workers, config, make_app) if workers > 1 else None
 
@@ -148,7 +148,7 @@ class InProcessGrid(Grid):
         while self._queue:
             _, expires, job = self._queue.popleft()
             if time.time() < expires:
-                return job._replace(state=self._states.get(job.node))
+                return job._replace(state=self.states.get(job.node))
         return None
 
     def _answer_here(self, job: Job) -> Done:
@@ -163,13 +163,7 @@ class InProcessGrid(Grid):
     def _keep(self, done: Done) -> None:
         reply = unpack_message(done.reply)
         self._ready[reply.metadata.reply_to_message_id] = reply
-        if done.state is None:
-            self._states.pop(done.job.node, None)
-        else:
-            self._states[done.job.node] = self._interned.setdefault(done.state.root, done.state)
-        if len(self._interned) > len(self._states):
-            used = {state.root for state in self._states.values()}
-            self._interned = {root: state for root, state in self._interned.items() if root in used}
+        self.states.put(done.job.node, done.state)
 
 
 def _node_id(partition: int) -> int:

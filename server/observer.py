@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,3 +46,35 @@ class Silent:
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """Nothing."""
+
+
+class Several:
+    """Tells each of several observers, in order; one may be added while it watches."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self.observers = observers
+
+    def on_start(self, folder: Path, rounds: int, clients: int) -> None:
+        """See ``Observer``."""
+        for one in self.observers:
+            one.on_start(folder, rounds, clients)
+
+    def on_round_start(self, round: int, clients: tuple[int, ...]) -> None:
+        """See ``Observer``."""
+        for one in self.observers:
+            one.on_round_start(round, clients)
+
+    def on_reply(self, client: int) -> None:
+        """See ``Observer``."""
+        for one in self.observers:
+            one.on_reply(client)
+
+    def on_round_end(self, row: Mapping[str, Any]) -> None:
+        """See ``Observer``."""
+        for one in self.observers:
+            one.on_round_end(row)
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        """See ``Observer``."""
+        for one in self.observers:
+            one.on_end(summary)

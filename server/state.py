@@ -57,8 +57,16 @@ class RunState:
         return View(workspace.no_mask, self.positions(workspace).known(self.round))
 
     def confirm(self, joined: Mapping[int, int]) -> None:
-        """Take note of clients (partition -> version) that hold less than they confirmed: they are new."""
-        self.held = {client: min(version, joined.get(client, 0)) for client, version in self.held.items()}
+        """Take note of clients (partition -> version) that hold something else than they confirmed.
+
+        Less: they are new. More than this state: it comes from a round that is done again, and -1 asks for
+        the whole vector.
+        """
+        for client, version in joined.items():
+            if version > self.round:
+                self.held[client] = -1
+            elif version < self.held.get(client, 0):
+                self.held[client] = version
 
     def publish(self, workspace: Workspace) -> None:
         """Let ``public`` follow a round that has changed ``shared`` and ``heads``."""

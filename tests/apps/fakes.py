@@ -35,8 +35,9 @@ class QuickApp:
         noise = rng_for(1, number, client, "fake").standard_normal(vector.size)
         change = (0.01 * noise - 0.1 * vector).astype(np.float32)
         envelope = packed_change(workspace, context, client, number, change)
-        metrics = {"num-examples": 10 + client, "train-loss": 0.5, "steps": 2.0, "held-out": 4.0,
-                   "global-score": 0.5, "personal-score": 0.6}  # fmt: skip
+        train, held_out = map(len, workspace.split(client))
+        metrics = {"num-examples": min(10 + client, train), "train-loss": 0.5, "steps": 1.0,
+                   "held-out": float(min(4, held_out)), "global-score": 0.5, "personal-score": 0.6}  # fmt: skip
         return Message(reply_content(envelope, metrics), reply_to=message)
 
 

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
+from flwr.app import Context, Message
+
 from experiments.engines import run_inprocess
 from experiments.inprocess import InProcessGrid
 from fedmask.config import RunConfig
+from fedmask.delta import read_delta
+from fedmask.flower import behind_content
 from fedmask.ledger import Ledger
 from fedmask.workspace import get_workspace
 from server.app import RunResult
-from tests.apps.fakes import quick_app
-from tests.apps.grids import run_on
+from server.resume import STATE
+from tests.apps.fakes import QuickApp, quick_app
+from tests.apps.grids import read_rows, run_on
+from tests.apps.test_resume import assert_same, cut, spoil
 
 MakeConfig = Callable[..., RunConfig]
 
 
 def quick(config: RunConfig, **options: Any) -> RunResult:
     """A run whose clients answer at once."""
-    return run_inprocess(config, make_app=quick_app, **options)  # type: ignore[arg-type]
+    return run_inprocess(config, make_app=quick_app, **options)
 
 
 def trained(result: RunResult) -> list[tuple[int, int, str, int, str]]:
@@ -52,12 +60,155 @@ def test_the_first_change_costs_nothing(make_config: MakeConfig) -> None:
     assert down[2, 0] == 2 + 2 * -(-layout.size // 256) + -(-layout.size // 2)
 
 
-def test_all_clients_hold_the_servers_public_vector(make_config: MakeConfig) -> None:
-    config = make_config(rounds=3, down="int2+delta", server={"clients_per_round": 2})
-    grid = InProcessGrid(config, make_app=quick_app)  # type: ignore[arg-type]
-    result = run_on(grid, client_evaluation=True)
-    public = result.state.public["mood"]
-    assert public.version == 3
-    exact = result.state.exact("mood")
-    assert 0 < np.abs(public.vector - exact).max() < np.abs(exact).max()
+COARSE: dict[str, Any] = {"up": "int4+ef", "down": "int4+delta", "overlap_batches": 0}
+
+
+def forgetful(clients: set[int], round: int) -> Any:
+    """A maker of apps that lose their node's state before ``round``."""
+
+    def make(config: RunConfig) -> Any:
+        app = QuickApp(config)
+
+        def answer(message: Message, context: Context) -> Message:
+            lost = int(context.node_config["partition-id"]) in clients
+            said = message.content.config_records.get("config")
+            if lost and said is not None and said.get("round") == round and len(asked) < len(clients):
+                asked.append(context.node_id)
+                context.state.clear()
+            return app(message, context)
+
+        asked: list[int] = []
+        return answer
+
+    return make
+
+
+def test_a_client_that_lost_its_state_is_sent_the_whole_vector(make_config: MakeConfig) -> None:
+    config = make_config(rounds=4, up="int4+ef", down="int4+delta")
+    result = run_inprocess(config, make_app=forgetful({1}, 3))
+    rows = read_rows(result.folder, "rounds")
+    assert all(row["replied"] == [0, 1, 2, 3, 4] and not row["rejected"] for row in rows[1:])
+    sent = [row for row in trained(result) if row[:2] == (3, 1)]
+    size = get_workspace(config).layout("mood").size
+    changes = 2 * (2 + 2 * -(-size // 256) + -(-size // 2))
+    assert [(way, bytes_) for _, _, way, bytes_, _ in sent] == [
+        ("down", changes // 2),
+        ("up", 0),  # "I hold version 0"
+        ("down", changes),  # less than the whole, and enough from there
+        ("up", changes // 2),
+    ]
+    whole = quick(config.model_copy(update={"name": "whole"}))
+    assert result.summary["vector_sha256"] != whole.summary["vector_sha256"]  # its residual is gone
+    np.testing.assert_allclose(result.state.shared, whole.state.shared, atol=5e-3)
+
+
+def test_without_feedback_a_lost_state_changes_nothing(make_config: MakeConfig) -> None:
+    config = make_config(rounds=4, up="int4", down="int4+delta")
+    result = run_inprocess(config, make_app=forgetful({1, 4}, 4))
+    whole = quick(config.model_copy(update={"name": "whole"}))
+    assert result.summary["vector_sha256"] == whole.summary["vector_sha256"]
+
+
+def test_a_client_that_cannot_be_helped_is_rejected_and_the_round_goes_on(make_config: MakeConfig) -> None:
+    def confused(config: RunConfig) -> Any:
+        app = QuickApp(config)
+
+        def answer(message: Message, context: Context) -> Message:
+            if int(context.node_config["partition-id"]) == 2 and message.metadata.message_type == "train":
+                return Message(behind_content(7), reply_to=message)
+            return app(message, context)
+
+        return answer
+
+    result = run_inprocess(make_config(rounds=2, **COARSE), make_app=confused)
+    for row in read_rows(result.folder, "rounds")[1:]:
+        assert row["replied"] == [0, 1, 3, 4]
+        assert [(one["client"], "expected the records" in one["reason"]) for one in row["rejected"]] == [
+            (2, True)
+        ]
+
+
+def test_clients_that_were_not_asked_for_long_catch_up(make_config: MakeConfig) -> None:
+    config = make_config(rounds=9, server={"clients_per_round": 2}, **COARSE)
+    result = quick(config)
+    layout = get_workspace(config).layout("mood")
+    one = 2 + 2 * -(-layout.size // 256) + -(-layout.size // 2)
+    held: dict[int, int] = {}
+    for round, client, way, size, _ in trained(result):
+        if way == "down" and client < 3:
+            behind = round - 1 - held.get(client, 0)
+            assert size == (behind * one if behind * one < 4 * layout.size else 4 * layout.size)
+            held[client] = round - 1
+    assert max(round for round in held.values()) == 8
     assert result.summary["unscored"] == []
+
+
+@pytest.mark.parametrize(
+    "ways", [COARSE, {"up": "sign", "down": "int8"}, {"up": "topk:0.2", "down": "fp16+delta"}]
+)
+def test_processes_agree_with_any_codec(make_config: MakeConfig, ways: dict[str, str]) -> None:
+    one = quick(make_config(rounds=3, workers=1, name="one", **ways))
+    two = quick(make_config(rounds=3, workers=2, name="two", **ways))
+    for key in ("vector_sha256", "bytes", "clients"):
+        assert one.summary[key] == two.summary[key]
+
+
+@pytest.mark.parametrize("place", ["start", "reply", "end"])
+def test_resumed_equals_uninterrupted_with_residuals(make_config: MakeConfig, place: str) -> None:
+    """The in-process grid's clients find what they kept; a round that is repeated starts from before it."""
+    server = {"clients_per_round": 3}
+    whole = quick(make_config(name="whole", rounds=5, server=server, **COARSE)).folder
+    config = make_config(rounds=5, server=server, **COARSE)
+    folder = cut(config, place, 3)
+    assert (folder / "clients" / "objects").is_dir()
+    quick(config, existing="resume")
+    assert_same(folder, whole)
+    assert not (folder / "clients").exists()
+
+
+def test_resumed_without_the_clients_states_goes_on(make_config: MakeConfig) -> None:
+    whole = quick(make_config(name="whole", rounds=5, **COARSE))
+    config = make_config(rounds=5, **COARSE)
+    folder = cut(config, "start", 4)
+    shutil.rmtree(folder / "clients")
+    found = quick(config, existing="resume")
+    rows = read_rows(folder, "rounds")
+    assert all(row["replied"] == [0, 1, 2, 3, 4] for row in rows[1:])
+    # Joining says what a client holds, so nobody is asked twice; only the residuals are gone.
+    assert sum(row[:2] == (4, 0) for row in trained(found) if row[4] == "ok") == 2
+    np.testing.assert_allclose(found.state.shared, whole.state.shared, atol=5e-3)
+
+
+def test_an_older_state_of_the_server_repeats_a_round_to_the_bit(make_config: MakeConfig) -> None:
+    """Its newest state is damaged: clients are a round ahead of it, and begin from the residual before."""
+    whole = quick(make_config(name="whole", rounds=3, **COARSE))
+    config = make_config(rounds=3, **COARSE)
+    folder = cut(config, "end", 2)
+    spoil(folder / STATE, "flip")
+    found = quick(config, existing="resume")
+    assert json.loads((folder / "config.json").read_text())["resumed"][0]["after_round"] == 1
+    assert found.summary["vector_sha256"] == whole.summary["vector_sha256"]
+
+
+def test_what_a_run_is_scored_on_and_exports_is_the_exact_vector(make_config: MakeConfig) -> None:
+    result = quick(make_config(rounds=3, down="int2+delta"))
+    public, exact = result.state.public["mood"], result.state.exact("mood")
+    assert public.version == 3
+    assert 0 < np.abs(public.vector - exact).max() < np.abs(exact).max()
+    delta = read_delta(result.folder / "delta.safetensors")
+    kept = np.concatenate([delta.segments[name] for name in ("mask", "bias", "head/mood")])
+    np.testing.assert_array_equal(kept, exact)
+
+
+def test_the_received_vector_is_kept_once(make_config: MakeConfig) -> None:
+    """A client costs its residuals, 2 bytes an entry each; what all received is one piece for all."""
+    count = 40
+    config = make_config(clients=(count,), rounds=3, density=0.5, **COARSE)
+    grid = InProcessGrid(config, make_app=quick_app)  # type: ignore[arg-type]
+    run_on(grid)
+    size = get_workspace(config).layout("mood").size
+    states = [grid.states.get(node) for node in grid.get_node_ids()]
+    pieces = {id(piece): len(piece) for state in states if state for piece in state.objects.values()}
+    names = {id(name): len(name) for state in states if state for name in state.objects}
+    assert len(states) == count and None not in states
+    assert 4 * size * count < sum(pieces.values()) + sum(names.values()) < 1.2 * 4 * size * count

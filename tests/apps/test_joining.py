@@ -98,7 +98,7 @@ def test_a_client_that_derives_another_mask_gets_it_and_keeps_it(make_config: Ma
     assert [grid._partitions[message.metadata.dst_node_id] for message in _joining(grid, "query.mask")] == [2]
     assert [row["rejected"] for row in read_rows(run.folder, "rounds")] == [[], [], []]
     assert run.summary["vector_sha256"] == run_on(InProcessGrid(config)).summary["vector_sha256"]
-    assert len(grid._states) == 1  # the others keep nothing between messages
+    assert len(grid.states) == 1  # the others keep nothing between messages
 
 
 def test_another_checkpoint_is_refused_by_name(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -199,8 +199,8 @@ def test_a_node_without_a_partition_is_told_how_to_get_one(make_config: MakeConf
 def test_state_is_kept_once_for_all_clients(make_config: MakeConfig) -> None:
     grid = InProcessGrid(make_config(mask_transport="packed", rounds=1))
     run_on(grid)
-    assert len(grid._states) == 5
-    assert len({id(state) for state in grid._states.values()}) == 1
+    assert len(grid.states) == 5
+    assert grid.states.pieces == len(grid.states.get(next(iter(grid.get_node_ids()))).objects)  # type: ignore[union-attr]
 
 
 def test_nonsense_instead_of_a_partition_is_rejected(make_config: MakeConfig) -> None:
