@@ -36,8 +36,14 @@ class QuickApp:
         change = (0.01 * noise - 0.1 * vector).astype(np.float32)
         envelope = packed_change(workspace, context, client, number, change)
         train, held_out = map(len, workspace.split(client))
-        metrics = {"num-examples": min(10 + client, train), "train-loss": 0.5, "steps": 1.0,
-                   "held-out": float(min(4, held_out)), "global-score": 0.5, "personal-score": 0.6}  # fmt: skip
+        metrics = {
+            "num-examples": min(10 + client, train),
+            "train-loss": 0.5,
+            "steps": 1.0,
+            "held-out": float(min(4, held_out)),
+            "global-score": 0.5,
+            "personal-score": 0.6,
+        }
         return Message(reply_content(envelope, metrics), reply_to=message)
 
 
