@@ -13,19 +13,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmask.channel import Received, Terms, advance, frame_for, receive, start_public, whole_frame
 from fedmask.codecs import (
     CODECS,
     Malformed,
     WrongLength,
+    bare_codec,
     encode_update,
     pack_indices,
     unpack_indices,
     unpack_update,
 )
 from fedmask.codecs.bits import varint
-from fedmask.errors import EnvelopeError
+from fedmask.errors import CheckpointError, EnvelopeError
 from fedmask.flower import Array, ArrayRecord, RecordError, record_bytes
 from fedmask.layout import Layout, Segment
+from fedmask.masks import Mask, Rule
+from fedmask.masks.votes import pack_votes, unpack_top_scores, unpack_votes
+from fedmask.space import ParameterSpace
 
 DIGEST = "5f" * 32
 LAYOUT = Layout((Segment("mask", 300), Segment("head/tweets", 33)))
@@ -72,6 +77,9 @@ def test_damaged_envelopes(codec: str, data: st.DataObject) -> None:
             assert bad == GOOD[codec]
 
 
+# What is claimed is not allocated -----------------------------------------------------------------------
+
+
 def peak(call: Callable[[], object], error: type[Exception]) -> int:
     """Bytes allocated at most while ``call`` is refused."""
     call_once = pytest.raises(error)
@@ -83,6 +91,85 @@ def peak(call: Callable[[], object], error: type[Exception]) -> int:
         return tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
+
+
+# The down-link's frames ---------------------------------------------------------------------------------
+
+TERMS = Terms(LAYOUT, DIGEST)
+
+
+def frames() -> list[tuple[bytes, np.ndarray]]:
+    """Whole vectors and changes in several codecs, with the vector that each leads to from version 0."""
+    rng = np.random.default_rng(4)
+    out = []
+    for codec in ("fp32", "fp16", "int8", "topk:0.2"):
+        public = start_public(LAYOUT.size)
+        for _ in range(3):
+            exact = public.vector + rng.normal(0, 0.01, LAYOUT.size).astype(np.float32)
+            public = advance(public, exact, TERMS, bare_codec(codec))
+        out.append((frame_for(public, 0, TERMS), public.vector))
+        whole = whole_frame(public.vector, 3, TERMS, bare_codec(codec))
+        out.append((whole, receive(whole, Received(0, np.zeros(0, np.float32)), 3, lambda _: TERMS).vector))
+    return out
+
+
+def test_fuzzed_frames_are_refused_or_lead_to_what_was_sent() -> None:
+    rng = np.random.default_rng(6)
+    held = Received(0, np.zeros(LAYOUT.size, np.float32))
+    whole, refused = frames(), 0
+    tracemalloc.start()
+    try:
+        for number in range(6_000):
+            frame, meant = whole[number % len(whole)]
+            data = bytearray(frame)
+            for _ in range(int(rng.integers(1, 5))):
+                at = int(rng.integers(len(data))) if rng.integers(2) else int(rng.integers(24))
+                data[at : at + 1] = rng.bytes(int(rng.integers(0, 9)))
+            if rng.integers(4) == 0:
+                del data[int(rng.integers(len(data))) :]
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            try:
+                found = receive(bytes(data), held, 3, lambda _: TERMS).vector
+            except EnvelopeError as error:
+                refused += 1
+                assert "\n" not in str(error)
+                found = meant
+            assert tracemalloc.get_traced_memory()[1] - before < 64_000 + 4 * len(data)
+            assert found.tobytes() == meant.tobytes()
+    finally:
+        tracemalloc.stop()
+    assert refused > 5_900
+
+
+# What clients say of a mask -----------------------------------------------------------------------------
+
+
+def test_fuzzed_votes_and_scores_are_refused_or_are_k_indices() -> None:
+    rng = np.random.default_rng(7)
+    space = ParameterSpace(("w",), ((100, 100),), (0, 10_000), ((50, 60),), "cd" * 32)
+    rule = Rule("gradient", 0.02)
+    mask = Mask(np.sort(rng.choice(np.arange(60, 10_000), 200, replace=False)), space, rule)
+    votes = pack_votes(mask)
+    head = varint(len(votes)) + votes + struct.pack("<f", 2.5)
+    sent = head + rng.uniform(0, 32768, 200).astype("<f2").tobytes()
+    np.testing.assert_array_equal(unpack_top_scores(sent, space, rule)[0], mask.indices)
+    for number in range(4_000):
+        data = bytearray(sent if number % 2 else votes)
+        for _ in range(int(rng.integers(1, 5))):
+            at = int(rng.integers(len(data))) if rng.integers(2) else int(rng.integers(8))
+            data[at : at + 1] = rng.bytes(int(rng.integers(0, 9)))
+        try:
+            found = (
+                unpack_top_scores(bytes(data), space, rule)[0]
+                if number % 2
+                else unpack_votes(bytes(data), space, rule)
+            )
+        except (EnvelopeError, CheckpointError) as error:
+            assert "\n" not in str(error)
+        else:
+            assert found.size == 200 and np.all(np.diff(found) > 0)
+            assert not np.any((found >= 50) & (found < 60)) and found[-1] < 10_000
 
 
 SIZE = 300_000_000  # the linear weights of a model of 24 layers x 1024
