@@ -49,7 +49,7 @@ def _mean_payload(run: Run, direction: str) -> float:
 
 def _formula(run: Run) -> list[dict[str, Any]]:
     """One row a direction; ``formula`` None for a run that was made before there was one."""
-    cost = run.summary["costs"].get("this-run")
+    cost = run.summary.get("costs", {}).get("this-run")
     out = []
     for way in ("up", "down"):
         rows = [row for row in run.ledger if counted(row) and row.direction == way]
@@ -67,7 +67,7 @@ def _formula(run: Run) -> list[dict[str, Any]]:
 def _ways(run: Run) -> list[dict[str, Any]]:
     rows = comparisons(run)
     for row in rows:
-        cost = run.summary["costs"].get(row["way"], {})
+        cost = run.summary.get("costs", {}).get(row["way"], {})
         row["index_share"] = cost.get("index_share")
         row["index_formats"] = cost.get("index_formats", {}) if cost.get("mask_indices") else {}
     return rows

@@ -52,7 +52,7 @@ def show_ledger(folder: Path, by: str | None, *, as_json: bool) -> None:
         return
     from experiments.accounts import WAY_COLUMNS, accounts, way_cells
 
-    run = read_run(folder)
+    run = read_run(folder, finished=False)
     found = accounts(run)
     if as_json:
         print_json(found)
@@ -60,7 +60,8 @@ def show_ledger(folder: Path, by: str | None, *, as_json: bool) -> None:
     keys = ("direction", "kind", "status")
     sums = [[row[key] for key in keys] + _figures(row) for row in found["totals"]["direction_kind_status"]]
     total = ["all", "", "", *_figures(found["total"])]
-    print_table(f"Messages of {folder}", (*keys, *_FIGURES), [*sums, total], left=3)
+    state = "" if run.summary else ", which is not over or failed"
+    print_table(f"Messages of {folder}{state}", (*keys, *_FIGURES), [*sums, total], left=3)
     for name in ("round", "client"):
         rows = found["totals"][name]
         shown = [[row[name], row["direction"], *_figures(row)] for row in rows[:MOST_ROWS]]
@@ -105,7 +106,7 @@ def _show_sums(folder: Path, by: str, *, as_json: bool) -> None:
     for key in keys:
         if key not in LEDGER_KEYS:
             raise ConfigError(f"--by: {unknown('key', key, LEDGER_KEYS)}")
-    ledger = read_run(folder).ledger
+    ledger = read_run(folder, finished=False).ledger
     sums, total = ledger.totals(*keys), ledger.total()
     if as_json:
         rows = [dict(zip(keys, group, strict=True)) | asdict(sums[group]) for group in sums]

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from experiments.accounts import accounts, way_cells
 from experiments.figures import LABELS, QUALITY, ROUNDS, draw_figures
 from experiments.report_template import TEMPLATE
 from experiments.results import comparisons, quality, repeated, score, size, traffic, trained, usable
@@ -32,7 +33,8 @@ def render(run: Run) -> str:
 
     # No autoescape: this is Markdown, and the values come from the run itself. A cell must not end early.
     environment = Environment(undefined=StrictUndefined, autoescape=False, finalize=_cell)
-    environment.globals.update(size=size, score=score)
+    environment.globals.update(size=size, score=score, way_cells=way_cells)
+    said = accounts(run)
     return environment.from_string(TEMPLATE).render(
         folder=run.folder.as_posix(),
         config=run.config,
@@ -44,6 +46,10 @@ def render(run: Run) -> str:
         quality=quality(run),
         traffic=traffic(run),
         comparisons=comparisons(run),
+        bits=said["bits_per_backbone_parameter"],
+        formula=said["formula"],
+        ways=said["ways"],
+        wire=said["wire"],
         overlap=run.summary.get("overlap"),
         evaluation=run.ledger.total(kind="evaluate"),
         lost=_lost(run),

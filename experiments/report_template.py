@@ -27,22 +27,36 @@ The test split is read once, after the last round; nothing was chosen by it.
 
 Per client and round, mean over the training messages that were answered:
 
-| direction | payload | whole message |
-|---|---:|---:|
+| direction | payload | whole message | bits of payload a backbone parameter |
+|---|---:|---:|---:|
 {% for row in traffic -%}
-| {{ row.direction }} | {{ size(row.payload) }} | {{ size(row.message) }} |
+| {{ row.direction }} | {{ size(row.payload) }} | {{ size(row.message) }} | {{ "%.4g" | format(bits[row.direction]) }} |
 {% endfor %}
+Masks and training of all clients and rounds, as measured and by formula (values at the codecs' bytes a value, and what
+brings a client its mask; a reply that never came is in the formula alone):
+
+| direction | payload by formula | payload | whole messages |
+|---|---:|---:|---:|
+{% for row in formula -%}
+| {{ row.direction }} | {{ "-" if row.formula is none else size(row.formula) }} | {{ size(row.payload) }} | {{ size(row.message) }} |
+{% endfor %}
+{% if wire -%}
+SuperLink's own counters of this run: {{ size(wire.inbound) }} from the SuperNodes, {{ size(wire.outbound) }} to them.
+
+{% endif -%}
 Against other ways of fine-tuning with the same clients, rounds and heads (payload; means per client and
 round, then the whole run with all clients and both directions):
 
-| what is sent | up | down | whole run | times this run |
-|---|---:|---:|---:|---:|
-{% for row in comparisons -%}
-| {{ row.label }} | {{ size(row.up) }} | {{ size(row.down) }} | {{ size(row.total) }} | {{ "%.2f" | format(row.ratio) }} |
+| what is sent | up | down | whole run | times this run | indices | with two int32 | with COO int64 |
+|---|---:|---:|---:|---:|---:|---:|---:|
+{% for row in ways -%}
+|{% for cell in way_cells(row) %} {{ cell }} |{% endfor %}
 {% endfor %}
 The first row is the sum of this run's ledger (masks and training); the others are computed from shapes and
-this run's schedule: the same k and the same value size, indices at the best code known and charged
-whenever a mask is new to its reader. {% if overlap -%}
+this run's schedule: the same k and the same codecs of values, indices at the best code known and charged
+whenever a mask is new to its reader. *Indices* is their share of the whole run, not of one round; the last two
+columns have the whole run with indices in released formats: two int32 an entry (PEFT's SHiRA), and torch's sparse
+COO format, two int64 (FL4Health). {% if overlap -%}
 A mask per client: its k entries of largest mean gradient over
 {{ overlap.batches }} of its own batches. The masks of the {{ overlap.clients }} clients hold
 {{ "{:,}".format(overlap.union) }} different entries ({{ "%.2f" | format(overlap.union / overlap.k) }} x k;

@@ -124,7 +124,7 @@ def comparisons(run: Run) -> list[dict[str, Any]]:
             "not_charged": "",
         }
     ]
-    costs = run.summary["costs"]
+    costs = run.summary.get("costs", {})  # none for a run that is not over
     for way, label in WAYS.items():
         if way in costs:
             cost = costs[way]

@@ -50,25 +50,32 @@ class Run:
         return {task["name"]: task["metric"] for task in self.config["tasks"]}
 
 
-def read_run(folder: str | Path) -> Run:
-    """The run in ``folder``. Raises ConfigError when it holds none, or one that did not end."""
+def read_run(folder: str | Path, *, finished: bool = True) -> Run:
+    """The run in ``folder``. Raises ConfigError when it holds none, or one that did not end.
+
+    ``finished`` False: one that is not over, or failed, will do; its summary is empty.
+    """
     path = Path(folder)
     if not path.is_dir():
         raise ConfigError(f"{folder}: expected the folder of a run, found none{_others(path)}")
-    missing = [name for name in ("config.json", "rounds.jsonl", "ledger.jsonl", "summary.json")
-               if not (path / name).is_file()]  # fmt: skip
+    wanted = ["config.json", "ledger.jsonl", *["rounds.jsonl", "summary.json"] * finished]
+    missing = [name for name in wanted if not (path / name).is_file()]
     if missing:
         raise ConfigError(
             f"{folder}: expected a finished run, found no {', '.join(missing)}: go on with it by fedmask run"
             f" --resume, or run it again with --overwrite"
         )
+
+    def optional(name: str) -> dict[str, Any] | None:
+        return _json(path / name) if (path / name).is_file() else None
+
     return Run(
         folder=path,
         record=_json(path / "config.json"),
-        rounds=_lines(path / "rounds.jsonl"),
+        rounds=_lines(path / "rounds.jsonl") if (path / "rounds.jsonl").is_file() else [],
         ledger=Ledger.read_jsonl(path / "ledger.jsonl"),
-        summary=_json(path / "summary.json"),
-        wire=_json(path / WIRE) if (path / WIRE).is_file() else None,
+        summary=optional("summary.json") or {},
+        wire=optional(WIRE),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fedmask.config import RunConfig
-from fedmask.errors import ConfigError
+from fedmask.errors import ConfigError, unknown
 from fedmask.known_models import KNOWN, known_config
 from fedmask.layout import HEAD_PREFIX, Layout, Segment
 from fedmask.masks import mask_size
@@ -90,8 +90,8 @@ def _config(name: str, auto: Any) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"model {name!r}: its config.json cannot be read ({reason[:160]}); give a local folder with one,"
-            f" or a model whose sizes are built in: {', '.join(KNOWN)}"
+            f"model {name!r}: its config.json cannot be read ({reason[:160]}); give a local folder with one;"
+            f" {unknown('built-in model', name, KNOWN)}"
         ) from None
 
 

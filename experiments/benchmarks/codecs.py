@@ -25,8 +25,10 @@ from fedmask.codecs import (
     unpack_update,
 )
 from fedmask.layout import Layout, Segment
+from fedmask.masks import magnitude_mask
+from fedmask.models import load_backbone
 
-DENSITIES = (1e-4, 3e-4, 1e-3, 3e-3, 5e-3, 1e-2, 3e-2, 1e-1)
+DENSITIES = (1e-4, 3e-4, 1e-3, 3e-3, 5e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SIZES = (10_616_832, 301_989_888)  # the linear weights of 6 layers x 384 and of 24 layers x 1024
 MOST = 4_000_000  # indices in one mask
 VALUE_CODECS = (
@@ -71,6 +73,22 @@ def measure_indices(size: int, density: float, repeats: int) -> dict[str, Any]:
     }
 
 
+def measure_mask(density: float) -> dict[str, Any]:
+    """MiniLM's magnitude mask, whose densities differ from tensor to tensor: one code, and one a tensor."""
+    mask = magnitude_mask(load_backbone("minilm").model, density)
+    size = mask.space.size
+    flat, cut = (len(pack_indices(mask.indices, size, edges)) for edges in (None, mask.space.offsets))
+    bound = index_entropy_bytes(mask.k, size)
+    return {
+        "mask": f"minilm, {density:.1%}",
+        "k": mask.k,
+        "bits_per_index": 8 * flat / mask.k,
+        "bits_per_index_by_tensor": 8 * cut / mask.k,
+        "ratio_to_bound": flat / bound,
+        "ratio_to_bound_by_tensor": cut / bound,
+    }
+
+
 def measure_values(codec: str, repeats: int, count: int = 50_000, copies: int = 40) -> dict[str, Any]:
     """Normal values: bytes an entry and overhead at ``count`` entries, MB of fp32 a second at more."""
 
@@ -98,7 +116,7 @@ def measure_values(codec: str, repeats: int, count: int = 50_000, copies: int = 
 
 
 def main() -> None:
-    """Print both tables, write JSON if asked to."""
+    """Print the tables, write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="file to write all numbers to")
     parser.add_argument("--repeats", type=int, default=5)
@@ -106,6 +124,7 @@ def main() -> None:
     cases = [(size, density) for size in SIZES for density in DENSITIES if density * size <= MOST]
     result = {
         "indices": [measure_indices(size, density, options.repeats) for size, density in cases],
+        "masks": [measure_mask(density) for density in (0.001, 0.005, 0.02)],
         "values": [measure_values(codec, options.repeats) for codec in VALUE_CODECS],
     }
     if options.json:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 Wire = Mapping[tuple[str, str], int]
-"""(name of the request, ``up`` or ``down``) -> bytes."""
+"""(name of the request, ``up`` or ``down``) -> bytes; (name, ``requests``) -> how many."""
 
 _REQUEST = re.compile(rb"^[A-Z]+ /\S*?([^/\s]+) HTTP/1\.1\r\n")
 
@@ -75,6 +75,7 @@ class CountingProxy:
                     asked[0] = begun[1].decode()
                 with self._lock:
                     self._counts[asked[0], way] += len(data)
+                    self._counts[asked[0], "requests"] += begun is not None
                 goal.sendall(data)
         for end in (source, goal):
             with contextlib.suppress(OSError):

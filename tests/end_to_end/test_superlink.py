@@ -174,6 +174,9 @@ def check_bytes(remote: RemoteRun, here: Ledger, wire: Wire) -> None:
     """The ledger is that of the same run in process; SuperLink's counter and the wire follow from it."""
     there = Ledger.read_jsonl(remote.folder / "ledger.jsonl")
     assert sorted(map(repr, there)) == sorted(map(repr, here))  # payload and message bytes, each to the byte
+    assert wire["push-object", "requests"] == sum(
+        OBJECTS[row.kind, "up"] for row in there if row.direction == "up"
+    )
     assert read_run(remote.folder).wire == {"run_id": remote.run_id, **remote.traffic}
     print(
         "\n     payload  messages  explained  SuperLink  objects by HTTP  whole wire  of it the app's bundle"
@@ -185,6 +188,7 @@ def check_bytes(remote: RemoteRun, here: Ledger, wire: Wire) -> None:
         assert remote.traffic[counted] == pytest.approx(explained, rel=0.01)
         # On the wire each object has a request of its own, with HTTP's lines and headers.
         objects = sum(OBJECTS[row.kind, way] for row in there if row.direction == way)
+        assert wire[request, "requests"] >= objects  # one asked for too early is asked for again
         crossed = wire[request, way]
         assert ours.message_bytes < crossed < ours.message_bytes + MOST_HTTP * objects
         whole = sum(count for (_, found), count in wire.items() if found == way)

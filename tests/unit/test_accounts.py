@@ -75,6 +75,16 @@ def test_a_run_from_before_the_formula_is_still_read(run_folder: Path) -> None:
     show_ledger(run_folder, None, as_json=False)
 
 
+def test_a_run_that_failed_has_a_ledger_too(with_costs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (with_costs / "summary.json").unlink()
+    (with_costs / "rounds.jsonl").unlink()
+    show_ledger(with_costs, None, as_json=False)
+    out = capsys.readouterr().out
+    assert "not over or failed" in out and f"{UP:,}" in out
+    show_ledger(with_costs, "status", as_json=True)
+    assert json.loads(capsys.readouterr().out)["total"]["messages"] == 21
+
+
 def test_many_clients_do_not_flood_the_screen(with_costs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = with_costs / "ledger.jsonl"
     row = json.loads(path.read_text().splitlines()[0])

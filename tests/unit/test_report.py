@@ -14,6 +14,7 @@ from experiments.figures import cumulative_megabytes, scores
 from experiments.report import render, write_report
 from experiments.results import comparisons, measured_bytes, quality, size, traffic, trained
 from experiments.runs import read_run
+from fedmask.costs import RunFacts, compare
 from fedmask.errors import ConfigError
 
 # Of tests/conftest.py: a mask of 200 B to each of 3 clients, then two rounds in which the clients of
@@ -228,3 +229,15 @@ def test_no_run_names_those_that_are_there(run_folder: Path) -> None:
 )
 def test_sizes_for_people(count: float, text: str) -> None:
     assert size(count) == text
+
+
+def test_bytes_beside_the_formula_and_other_ways(run_folder: Path) -> None:
+    facts = RunFacts(100, 20000, 30000, (6, 6, 9), ((0, 1, 2),) * 2, beside=20, once_down_bytes=200)
+    change(run_folder, "summary.json", costs={way: one.to_dict() for way, one in compare(facts).items()})
+    (run_folder / "wire.json").write_text(json.dumps({"run_id": "1", "inbound": 5000, "outbound": 7000}))
+    text = render(read_run(run_folder))
+    assert "| down | 3.6 kB | 3.6 kB | 11.1 kB |" in text  # 600 + 3048, and 9 messages
+    assert "5.0 kB from the SuperNodes, 7.0 kB to them" in text
+    agreed = next(line for line in text.splitlines() if line.startswith("| one agreed task-specific mask"))
+    # 678 of 6,774 bytes; 600 indices of 8 and of 16 bytes instead of 678 bytes
+    assert agreed.endswith("| 6.8 kB | 1.01 | 10.0% | 10.9 kB (44%) | 15.7 kB (61%) |")
