@@ -147,7 +147,7 @@ def commands(path: Path) -> list[str]:
 
 
 # Of flwr and its programs.
-OTHERS_OPTIONS = {"--insecure", "--node-config", "--database", "--scale"}
+OTHERS_OPTIONS = {"--insecure", "--node-config", "--database", "--scale", "--enable-supernode-auth"}
 ALL_COMMANDS = [(page.name, command) for page in PAGES for command in commands(page)]
 
 
