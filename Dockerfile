@@ -44,7 +44,7 @@ LABEL org.opencontainers.image.title=fedmask org.opencontainers.image.licenses=A
 ENV PATH=/code/bin:/venv/bin:$PATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 HOME=/tmp \
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 \
     HF_HUB_OFFLINE=1 HF_HOME=/models TOKENIZERS_PARALLELISM=false \
-    FLWR_HOME=/tmp MPLCONFIGDIR=/tmp NUMBA_CACHE_DIR=/tmp
+    FLWR_HOME=/tmp MPLCONFIGDIR=/tmp NUMBA_CACHE_DIR=/tmp FEDMASK_CACHE=/state/cache
 # Folders that anybody may write to, as /tmp: volumes take over their mode, whatever user a container runs as.
 RUN mkdir -m 1777 /state /runs /models && mkdir /data && \
     mkdir -p /keys/public /keys/link /keys/nodes && chmod 1777 /keys/*

@@ -76,7 +76,9 @@ def make_client_app(
         workspace.use_kernel(_kernel(context, workspace))
         workspace.use_own_data(own_data(context.node_config))
         _use_stored_mask(workspace, context)
-        return workspace, seat_of(context, settings)
+        partition = seat_of(context, settings)
+        workspace.prepare(partition)
+        return workspace, partition
 
     @app.query("join")
     def join(message: Message, context: Context) -> Message:
@@ -86,14 +88,15 @@ def make_client_app(
             answer = ConfigRecord({"partition": seat[0] if seat else settings.clients, "status": "spare"})
             return Message(RecordDict({CONFIG: answer}), reply_to=message)
         _keep_choices(context, settings, message.content)
-        workspace, partition = enter(context)
-        reason = workspace.cannot_train()
-        if reason:
-            return Message(_confirmation(workspace, partition, "unable", reason), reply_to=message)
         try:
+            workspace, partition = enter(context)
+            reason = workspace.cannot_train()
+            if reason:
+                return Message(_confirmation(workspace, partition, "unable", reason), reply_to=message)
             rows = _own_rows(workspace, partition)
         except DataError as error:
-            return Message(_confirmation(workspace, partition, "unable", str(error)), reply_to=message)
+            refusal = _confirmation(get_workspace(settings), seat[0], "unable", str(error))
+            return Message(refusal, reply_to=message)
         said = _join(workspace, partition, message.content)
         if rows:
             said[CONFIG] = ConfigRecord({**said.config_records[CONFIG], ROWS: rows})

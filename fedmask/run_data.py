@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from fedmask.config import RunConfig
 from fedmask.recent import Recent
 from fedmask.rng import rng_for
+from fedmask.shard_cache import cache_file, caching, keep, load_cached
 from fedmask.tasks import TaskData, Tokenized, assignments, load_task, shards, split_held_out
+from fedmask.tasks.late import LateTask
 from fedmask.tasks.own import OwnData, own_rows
 
 if TYPE_CHECKING:
@@ -62,7 +64,10 @@ class RunData(ABC):
     def data(self, task: str) -> TaskData:
         """The task's rows and labels."""
         if task not in self._data:
-            self._data[task] = load_task(self._tasks[task])
+            settings = self._tasks[task]
+            # With data of their own, clients know the labels from the settings; the files are the server's.
+            late = LateTask(settings, settings.labels) if settings.own_data else None
+            self._data[task] = cast(TaskData, late) if late else load_task(settings)
         return self._data[task]
 
     def rows(self, partition: int) -> np.ndarray:
@@ -111,8 +116,23 @@ class RunData(ABC):
         """The client's tokenized rows, kept while there is room: a client at rest costs its row numbers."""
         return self._shards.get(partition, lambda: self._read_shard(partition))
 
+    def prepare(self, partition: int) -> None:
+        """Have the client's rows at hand before anything asks for the whole task's: from the disk if there."""
+        if caching():
+            self.shard(partition)
+
     def _read_shard(self, partition: int) -> Shard:
         task = self.task_of(partition)
+        file = cache_file(self.config, self._tasks[task], partition, self.place)
+        if cached := load_cached(file):
+            labels, train, held_out = cached
+            self._data.setdefault(task, cast(TaskData, LateTask(self._tasks[task], labels)))
+            return Shard(task, train, held_out)
+        shard = self._make_shard(task, partition)
+        keep(file, self.data(task).labels, shard.train, shard.held_out)
+        return shard
+
+    def _make_shard(self, task: str, partition: int) -> Shard:
         if self.is_own(partition):
             data = own_rows(self._tasks[task], partition, self.place)
             parts = self._hold_out(partition, np.arange(len(data)), np.asarray(data["label"][:]))

@@ -142,3 +142,56 @@ def test_the_command_line_can_say_it() -> None:
     assert parse_task(spec)["labels"] == ["no", "yes"]
     (task,) = build_config(None, {}, [spec]).tasks
     assert (task.own_data, task.labels, task.most_rows) == (True, ("no", "yes"), 9)
+
+
+def test_rows_from_the_disk_give_the_same_run_and_damage_is_read_anew(
+    config: RunConfig, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedmask.workspace import _workspace
+
+    for name, settings in (("own", config), ("dealt", make_config(name="dealt"))):
+        expected = run_on(InProcessGrid(settings)).summary["vector_sha256"]
+        cache = tmp_path / f"cache-{name}"
+        monkeypatch.setenv("FEDMASK_CACHE", str(cache))
+        for turn in range(3):
+            _workspace.cache_clear()  # as a process that starts anew
+            assert run_on(InProcessGrid(settings)).summary["vector_sha256"] == expected
+            files = sorted(cache.glob("shards/*"))
+            assert len(files) == settings.clients
+            if turn == 1:
+                files[0].write_bytes(files[0].read_bytes()[:-3])
+                data = files[1].read_bytes()
+                files[1].write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+        monkeypatch.delenv("FEDMASK_CACHE")
+
+
+def test_cached_rows_are_those_of_what_they_depend_on(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedmask import shard_cache
+
+    monkeypatch.setenv("FEDMASK_CACHE", str(tmp_path / "cache"))
+    (task,), place = config.tasks, own_data({})
+    first = shard_cache.cache_file(config, task, 0, place)
+    other = config.model_copy(update={"seed": 9})
+    assert first is not None
+    assert len({first, shard_cache.cache_file(other, task, 0, place),
+                shard_cache.cache_file(config, task, 1, place)}) == 3  # fmt: skip
+    _write(tmp_path / "rows-0.csv", [*_rows(0), ("one more", "up")])
+    shard_cache._file.cache_clear()
+    assert shard_cache.cache_file(config, task, 0, place) != first
+    assert shard_cache.cache_file(config, task, 0, OwnData("nothing.csv")) is None
+
+
+def test_a_client_needs_none_of_the_server_s_files(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its labels come from the settings: the server's dev rows are elsewhere."""
+    moved = config.tasks[0].model_copy(update={"dev": str(tmp_path / "not here.csv")})
+    workspace = get_workspace(config.model_copy(update={"tasks": (moved,), "name": "client"}))
+    workspace.use_precision("fp32")
+    workspace.use_own_data(own_data({}))
+    size = workspace.layout("own").size
+    import numpy as np
+
+    assert workspace.local_update(0, 1, np.zeros(size, np.float32)).examples == 22
