@@ -117,7 +117,7 @@ class RunData(ABC):
         return self._shards.get(partition, lambda: self._read_shard(partition))
 
     def prepare(self, partition: int) -> None:
-        """Have the client's rows at hand before anything asks for the whole task's: from the disk if there."""
+        """Have the client's rows at hand, from the disk if there, before anything reads its task."""
         if caching():
             self.shard(partition)
 
