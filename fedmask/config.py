@@ -247,6 +247,12 @@ class RunConfig(_Settings):
     server: ServerConfig = Field(default_factory=ServerConfig)
     runs_dir: str = Field(default="runs", min_length=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _methods_may_choose_codecs(cls, values: Any) -> Any:
+        method = METHODS.get(str(values.get("method"))) if isinstance(values, dict) else None
+        return values if method is None else {"up": method.up, "down": method.down, **values}
+
     @field_validator("method")
     @classmethod
     def _method_is_known(cls, value: str) -> str:

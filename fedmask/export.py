@@ -9,19 +9,22 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from fedmask.beside import write_beside
 from fedmask.config import from_dict
 from fedmask.delta import Delta, read_delta
 from fedmask.errors import CheckpointError, ConfigError
 from fedmask.layout import HEAD_PREFIX, Layout
 from fedmask.models import MeanHead, OwnHead
 from fedmask.training import Stream, tuned
-from fedmask.tuner import merge
+from fedmask.tuner import Tuning, fold
 from fedmask.views import View, beside_size, up_layout
 from fedmask.workspace import Workspace
 
@@ -94,7 +97,7 @@ def export_run(run: str | Path, to: str | Path, *, overwrite: bool = False) -> l
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
-            _write(workspace, task, merged(workspace, task, delta), part)
+            _write(workspace, task, delta, part)
             _replace(folder, part)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -174,13 +177,23 @@ def vector_of(workspace: Workspace, task: str, delta: Delta) -> np.ndarray:
 
 
 def merged(workspace: Workspace, task: str, delta: Delta) -> MeanHead | OwnHead:
-    """``task``'s model with the final delta folded in, on tensors of its own."""
+    """``task``'s model with the final delta folded in, on tensors of its own.
+
+    Adapters between its layers (method ``adapter``) are left out: see ``fedmask.beside``.
+    """
+    with _tuned(workspace, task, delta) as (model, _):
+        return fold(copy.deepcopy(model))  # type: ignore[return-value]
+
+
+@contextmanager
+def _tuned(workspace: Workspace, task: str, delta: Delta) -> Iterator[tuple[MeanHead | OwnHead, Tuning]]:
+    """``task``'s model at the final delta, and what is attached to it."""
     vector, view = vector_of(workspace, task, delta), None
     if workspace.config.has_views and delta.indices is not None:
         view = View(workspace.no_mask, delta.indices)  # the file's order is the view's: union, then the rest
-    with tuned(workspace.model(task, view), vector, Stream(workspace.config.seed, -1, -1)):
-        own = copy.deepcopy(workspace.model(task, view))
-        return merge(own)  # type: ignore[return-value]
+    model = workspace.model(task, view)
+    with tuned(model, vector, Stream(workspace.config.seed, -1, -1)) as tuning:
+        yield model, tuning
 
 
 def _stored_layout(workspace: Workspace, task: str, delta: Delta) -> Layout:
@@ -190,9 +203,13 @@ def _stored_layout(workspace: Workspace, task: str, delta: Delta) -> Layout:
     return up_layout(layout, delta.indices.size)
 
 
-def _write(workspace: Workspace, task: str, model: MeanHead | OwnHead, folder: Path) -> None:
+def _write(workspace: Workspace, task: str, delta: Delta, folder: Path) -> None:
     from safetensors.torch import save_file
 
+    model = merged(workspace, task, delta)
+    with _tuned(workspace, task, delta) as (_, tuning):
+        backbone = "model" if isinstance(model, MeanHead) else "model.base_model"
+        beside = write_beside(tuning, workspace.config.model, backbone, folder)
     data = workspace.data(task)
     labels = list(data.labels) or ["value"]
     if isinstance(model, MeanHead):
@@ -206,9 +223,9 @@ def _write(workspace: Workspace, task: str, model: MeanHead | OwnHead, folder: P
             max_tokens=workspace.config.train.max_tokens,
         )
     else:
-        config = model.model.config
-        config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
-        config.label2id = {label: i for i, label in enumerate(labels)}  # type: ignore[union-attr]
+        own = model.model.config
+        own.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
+        own.label2id = {label: i for i, label in enumerate(labels)}  # type: ignore[union-attr]
         _save(model.model, folder)
         use = _USE_HF.format(labels=", ".join(labels))
     workspace.backbone.tokenizer.save_pretrained(str(folder))
@@ -217,7 +234,7 @@ def _write(workspace: Workspace, task: str, model: MeanHead | OwnHead, folder: P
         source=workspace.config.model,
         method=workspace.config.method,
         k=workspace.k + beside_size(workspace.layout(task)),
-        use=use,
+        use=use + beside,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from fedmask.errors import ConfigError
@@ -14,13 +15,13 @@ if TYPE_CHECKING:
     from fedmask.masks import Mask
     from fedmask.trainables import Trainable
 
-Dense = Literal["full", "bitfit", "lora"]
+Dense = Literal["full", "bitfit", "lora", "ffa-lora", "adapter"]
 
 
 @dataclass(frozen=True)
 class Method:
     """``mask``: the rule's name or None. ``biases``: how feed-forward biases train. ``dense``: what else
-    trains without a mask. Heads always train.
+    trains without a mask. ``up``, ``down``: how values travel unless the settings say it. Heads always train.
     """
 
     name: str
@@ -29,6 +30,8 @@ class Method:
     mask: str | None = None
     biases: Literal["adapter", "direct"] | None = None
     dense: Dense | None = None
+    up: str = "fp32"
+    down: str = "fp32"
 
 
 _PAPER = "Liao, Meng, Monz, ACL 2023, arXiv 2305.16742"
@@ -48,6 +51,17 @@ _ALL = (
     Method("full", "full fine-tuning of the backbone", "FedAvg, arXiv 1602.05629", dense="full"),
     Method("bitfit", "all biases of the backbone", "BitFit, arXiv 2106.10199", dense="bitfit"),
     Method("lora", "low-rank factors beside query and value", "LoRA, arXiv 2106.09685", dense="lora"),
+    Method("ffa-lora", "LoRA with A frozen", "FFA-LoRA, arXiv 2403.12313", dense="ffa-lora"),
+    # Without error feedback both ways, as in the paper's code; the head's values take part in the choice.
+    Method(
+        "flasc",
+        "LoRA, of which the largest quarter travels",
+        "FLASC, arXiv 2406.05233",
+        dense="lora",
+        up="topk:0.25/fp32+noef",
+        down="topk:0.25/fp32+noef",
+    ),
+    Method("adapter", "bottleneck adapters after the feed-forward part", "arXiv 1902.00751", dense="adapter"),
     Method("head", "the task head alone", "linear probing"),
 )
 _SPECIFIC = (Method("gradient", "a mask of largest gradients", "SIFT, arXiv 2312.11875", "gradient"),)
@@ -134,15 +148,17 @@ def backbone_trainables(
 def _dense(kind: Dense, model: nn.Module, config: RunConfig) -> Trainable:
     from fedmask.rng import rng_for
     from fedmask.space import backbone_of, backbone_parameters
-    from fedmask.trainables import DenseTensors, LoRA, WholeTensors, biases
+    from fedmask.trainables import Bottlenecks, DenseTensors, LoRA, WholeTensors, biases
 
+    # A drawn start belongs to the run, not to a round: what is averaged are changes from it.
+    draw = partial(rng_for, config.seed, -1, -1)
     match kind:
         case "full":
             return WholeTensors("backbone", backbone_of(model), list(backbone_parameters(model)))
         case "bitfit":
             return DenseTensors("bias", backbone_of(model), biases(model))
-        case "lora":
-            # The start of A belongs to the run, not to a round: what is averaged are changes from it.
-            return LoRA(
-                model, lambda purpose: rng_for(config.seed, -1, -1, purpose), **config.lora.model_dump()
-            )
+        case "lora" | "ffa-lora":
+            return LoRA(model, draw, **config.lora.model_dump(), freeze_down=kind == "ffa-lora")
+        case "adapter":
+            sizes = {"bottleneck": config.adapter.bottleneck, "activation": config.adapter.activation}
+            return Bottlenecks(model, draw, **sizes)  # type: ignore[arg-type]

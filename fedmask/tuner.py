@@ -188,9 +188,20 @@ def merge(model: nn.Module) -> nn.Module:
     """Fold everything that was trained into the weights and return the plain model.
 
     Same class, same parameter names and shapes as before tuning, so the same latency. Adapters are
-    folded and gone. Works in place. ConfigError if ``model`` is not being tuned.
+    folded and gone. Works in place. ConfigError if ``model`` is not being tuned, or with adapters between
+    its layers, which no weight can hold.
     """
-    tuning_of(model)
+    for trainable in tuning_of(model).trainables:
+        if not trainable.mergeable:
+            raise ConfigError(
+                f"merge: the segment {trainable.segment!r} stays beside the model's layers and cannot be"
+                " folded; fedmask export writes it beside the checkpoint"
+            )
+    return fold(model)
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """``merge``, without a word about what cannot be folded: the caller keeps that."""
     folded: list[tuple[nn.Parameter, torch.Tensor]] = []
     with torch.no_grad():
         for module in model.modules():

@@ -12,6 +12,7 @@ from fedmask.trainables.adapters import (
     feed_forward_layers,
 )
 from fedmask.trainables.base import Draw, Slot, Trainable, slots_of
+from fedmask.trainables.bottleneck import Bottlenecks
 from fedmask.trainables.carried import CarriedEntries
 from fedmask.trainables.dense import DenseTensors
 from fedmask.trainables.lora import LoRA, target_layers
@@ -21,6 +22,7 @@ from fedmask.trainables.whole import WholeTensors
 __all__ = [
     "ACTIVATIONS",
     "BiasAdapters",
+    "Bottlenecks",
     "CarriedEntries",
     "DenseTensors",
     "Draw",

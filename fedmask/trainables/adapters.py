@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Activation] = {
 _DRAWS = 100
 
 
-def _checked(bottleneck: int, activation: str) -> tuple[int, Activation]:
+def checked(bottleneck: int, activation: str) -> tuple[int, Activation]:
     """Hidden width and function of an adapter. ConfigError for less than one unit and an unknown name."""
     if not isinstance(bottleneck, int) or isinstance(bottleneck, bool) or bottleneck < 1:
         raise ConfigError(f"bottleneck: expected a whole number at least 1, found {bottleneck!r}; try 16")
@@ -105,7 +105,7 @@ class BiasAdapters(Trainable):
     """
 
     def __init__(self, model: nn.Module, *, bottleneck: int = 16, activation: str = "relu") -> None:
-        bottleneck, function = _checked(bottleneck, activation)
+        bottleneck, function = checked(bottleneck, activation)
         names = feed_forward_biases(model)
         parameters = backbone_parameters(model)
         self._widths = [parameters[name].numel() for name in names]
@@ -158,7 +158,7 @@ class WeightAdapters(Trainable):
     """
 
     def __init__(self, model: nn.Module, *, bottleneck: int = 16, activation: str = "relu") -> None:
-        bottleneck, function = _checked(bottleneck, activation)
+        bottleneck, function = checked(bottleneck, activation)
         layers = dict(feed_forward_layers(model))
         names = [f"{name}.weight" for name in layers]
         parameters = backbone_parameters(model)
@@ -231,7 +231,7 @@ class MaskedWeightAdapters(MaskedEntries):
         activation: str = "relu",
         kernel: str = "auto",
     ) -> None:
-        bottleneck, function = _checked(bottleneck, activation)
+        bottleneck, function = checked(bottleneck, activation)
         super().__init__(model, mask, kernel=kernel)
         layers = {f"{name}.weight" for name, _ in feed_forward_layers(model)}
         self._adapted = [slot.name for slot in self._tensors if slot.name in layers]

@@ -70,6 +70,8 @@ class Trainable(nn.Module, ABC):
     """The driven tensors in order, where the segment is whole tensors end to end."""
     beside: bool = False
     """Whether it works on its layers' outputs (``output``) and leaves their tensors alone until merged."""
+    mergeable: bool = True
+    """Whether what it learns can be folded into the model's own tensors."""
 
     def __init__(self, segment: str, slots: list[Slot], *, size: int, local_size: int) -> None:
         super().__init__()

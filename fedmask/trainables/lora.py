@@ -18,7 +18,8 @@ from torch.nn import functional
 from fedmask.errors import ConfigError, unknown
 from fedmask.space import backbone_of, is_conv1d, linear_layers
 from fedmask.trainables.adapters import feed_forward_layers
-from fedmask.trainables.base import Chunks, Draw, Trainable, full_precision, slots_of
+from fedmask.trainables.base import Draw, full_precision, slots_of
+from fedmask.trainables.drawn import Drawn
 
 _FUSED = {"c_attn", "query_key_value", "qkv_proj", "Wqkv"}
 _NAMES = {
@@ -60,7 +61,7 @@ def _matching(model: nn.Module, layers: list[str], part: str) -> Iterator[str]:
             yield name
 
 
-class LoRA(Trainable):
+class LoRA(Drawn):
     """Low-rank factors beside the targeted layers' frozen weights.
 
     ``values`` float32: A ``[r, inputs]`` then B ``[outputs, r]``, layer by layer; with ``freeze_down``
@@ -91,23 +92,11 @@ class LoRA(Trainable):
         downs = [_kaiming(draw, name, rank, side[1]) for name, side in zip(layers, sides, strict=True)]
         ups = [torch.zeros(side[0] * rank) for side in sides]
         both = [part for pair in zip(downs, ups, strict=True) for part in pair]
-        start = torch.cat(ups if freeze_down else both)
-        super().__init__("lora", slots, size=start.numel(), local_size=start.numel())
+        super().__init__("lora", slots, ups if freeze_down else both)
         self.layers, self.turned = layers, turned
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
-        self._start = start
         self._frozen = downs if freeze_down else None
-        self._chunks = Chunks([part.numel() for part in (ups if freeze_down else both)])
         self._order = {f"{name}.weight": i for i, name in enumerate(layers)}
-        with torch.no_grad():
-            self.values.copy_(start)
-
-    def begin(self, change: torch.Tensor, draw: Draw) -> None:
-        with torch.no_grad():
-            self.values.copy_(self._start + change)
-
-    def change(self) -> torch.Tensor:
-        return self.values.detach() - self._start
 
     def factors(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A ``[r, inputs]`` and B ``[outputs, r]`` (float32) of a layer, differentiable in ``values``."""

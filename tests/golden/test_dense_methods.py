@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fedmask.config import TrainConfig
+from fedmask.channel import down_way, up_codec
+from fedmask.config import RunConfig, TaskConfig, TrainConfig
+from fedmask.errors import ConfigError
 from fedmask.space import backbone_of
 from fedmask.tasks import Tokenized
-from fedmask.trainables import DenseTensors, Draw, LoRA, Trainable, biases
+from fedmask.trainables import Bottlenecks, DenseTensors, LoRA, Trainable, WholeTensors, biases
 from fedmask.training import Stream, local_update, tuned
 from fedmask.tuner import attach, merge
 
@@ -50,7 +54,10 @@ class Four(nn.Module):
 
 
 class Draws:
-    """A generator that knows two numbers only."""
+    """A generator that knows few numbers."""
+
+    def standard_normal(self, size: int) -> np.ndarray:
+        return np.full(size, 1.0)
 
     def uniform(self, low: float, high: float, size: int) -> np.ndarray:
         assert (low, high, size) == (pytest.approx(-(2**-0.5)), pytest.approx(2**-0.5), 2)
@@ -58,8 +65,11 @@ class Draws:
 
 
 def lora(model: nn.Module, *, freeze_down: bool = False) -> LoRA:
-    draw: Draw = lambda _: Draws()  # type: ignore[assignment,return-value]  # noqa: E731
-    return LoRA(model, draw, rank=1, alpha=2.0, targets="linear", freeze_down=freeze_down)
+    return LoRA(model, draws, rank=1, alpha=2.0, targets="linear", freeze_down=freeze_down)
+
+
+def draws(_: str) -> Any:
+    return Draws()
 
 
 def step(model: nn.Module, trainable: Trainable, start: list[float]) -> list[float]:
@@ -78,6 +88,15 @@ def test_bitfit_moves_the_bias_alone() -> None:
     assert biases(model) == ["block.0.bias"]
     trainable = DenseTensors("bias", backbone_of(model), biases(model))
     assert step(model, trainable, [0, 0]) == pytest.approx([-0.5, -1.0])
+
+
+def test_full_moves_every_weight() -> None:
+    # d / d W = (d / d y) x^T = (5, 10)^T (1, 2) = | 5 10 | and d / d b = (5, 10), as above.
+    #                                              | 10 20 |
+    model = Four()
+    trainable = WholeTensors("backbone", backbone_of(model), ["block.0.weight", "block.0.bias"])
+    assert step(model, trainable, [0] * 6) == pytest.approx([-0.5, -1, -1, -2, -0.5, -1], rel=1e-6)
+    assert trainable.values.numel() == 0  # the weights' copy is given back after training
 
 
 def test_lora_s_first_step_moves_b_alone() -> None:
@@ -99,3 +118,81 @@ def test_lora_from_factors_that_have_moved() -> None:
     with tuned(model, np.array([0.3, 0.4, 0.1, 0.2], np.float32), Stream(1, 1, 0)):
         merged = merge(model)
     assert torch.allclose(merged.base_model.block[0].weight, torch.tensor([[1.1, 0.1], [0.2, 1.2]]))
+
+
+def test_ffa_lora_moves_b_alone_and_its_mean_is_the_mean_of_products() -> None:
+    # A = (0.2, 0.1) stays. Received B = (0.1, 0.2): A x = 0.4, y = (1.5, 2) + 2 * 0.4 (0.1, 0.2)
+    # = (1.58, 2.16); prediction 1.58 + 4.32 = 5.9, off by 2.9, d = 5.8, d / d y = (5.8, 11.6);
+    # d / d B = 2 * 0.4 (5.8, 11.6) = (4.64, 9.28).
+    model = Four()
+    assert step(model, lora(model, freeze_down=True), [0.1, 0.2]) == pytest.approx([-0.464, -0.928])
+    weights = []
+    for up in ([0.1, 0.2], [0.3, 0.6], [0.2, 0.4]):
+        model = Four()
+        attach(model, [lora(model, freeze_down=True)])
+        with tuned(model, np.array(up, np.float32), Stream(1, 1, 0)):
+            weights.append(merge(model).base_model.block[0].weight.detach())
+    assert torch.allclose((weights[0] + weights[1]) / 2, weights[2])
+
+
+def test_an_adapter_from_its_drawn_start() -> None:
+    # One hidden unit, W_down = (0.01, 0.01), W_up = (0.01, 0.01), biases zero (deviation 0.01, draws of 1).
+    # h = (1.5, 2); hidden = ReLU(0.035) = 0.035; y = h + 0.035 (0.01, 0.01) = (1.50035, 2.00035);
+    # prediction 1.50035 + 4.0007 = 5.50105, off by 2.50105, d = 5.0021, d / d y = (5.0021, 10.0042);
+    # d / d b_up is that; d / d W_up = 0.035 times it = (0.1750735, 0.350147);
+    # d / d hidden = 0.01 (5.0021 + 10.0042) = 0.150063 = d / d b_down; d / d W_down = 0.150063 (1.5, 2).
+    model = Four()
+    adapter = Bottlenecks(model, draws, bottleneck=1)
+    assert adapter.layers == ["block.0"]
+    expected = [-0.02250945, -0.0300126, -0.0150063, -0.01750735, -0.0350147, -0.50021, -1.00042]
+    assert step(model, adapter, [0] * 7) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ConfigError, match="'adapter' stays beside the model's layers and cannot be folded"):
+        merge(model)
+
+
+def test_flasc_sends_the_largest_down_and_up() -> None:
+    """Down: the largest of the server's values, zeros else. Up: the largest of what training changed."""
+    config = RunConfig(tasks=(TaskConfig(name="bbc", clients=1),), method="flasc")
+    assert (config.up, config.down) == ("topk:0.25/fp32+noef", "topk:0.25/fp32+noef")
+    server = np.array([0.5, -0.1, 0.2, -0.9, 0.0, 0.3, 0.05, 0.4], np.float32)
+    down = down_way(config.down).codec
+    received = down.decode(memoryview(down.encode(server, None, None)[0]), 8)
+    assert received.tolist() == [0.5, 0, 0, np.float32(-0.9), 0, 0, 0, 0]
+    change = np.array([0.01, -0.3, 0.02, 0.1, 0.4, -0.02, 0.0, 0.05], np.float32)
+    up = up_codec(config.up)
+    sent, carried = up.encode(change, None, None)
+    assert up.decode(memoryview(sent), 8).tolist() == [0, np.float32(-0.3), 0, 0, np.float32(0.4), 0, 0, 0]
+    assert carried is None  # what is left out is lost
+    given = RunConfig(tasks=config.tasks, method="flasc", up="topk:0.1/fp32+noef")
+    assert (given.up, given.down) == ("topk:0.1/fp32+noef", config.down)
+    assert RunConfig(tasks=config.tasks, method="lora").up == "fp32"
+
+
+def test_published_numbers_of_parameters() -> None:
+    """On the shapes of real models, without their values."""
+    import transformers as t
+
+    with torch.device("meta"):
+        roberta = t.AutoModel.from_config(t.RobertaConfig(vocab_size=50265, max_position_embeddings=514))
+        large = t.AutoModel.from_config(
+            t.BertConfig(
+                hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+            )
+        )
+        gpt2 = t.AutoModel.from_config(t.GPT2Config())
+        # LoRA, table 2: 0.3 M on RoBERTa-base, which is rank 8 on query and value: 24 x 8 x 1536.
+        assert LoRA(roberta, draws_of_shape, rank=8).size == 294_912
+        # FFA-LoRA trains half of that.
+        assert LoRA(roberta, draws_of_shape, rank=8, freeze_down=True).size == 294_912 // 2
+        # FLASC's code on GPT-2: rank 16 on c_attn, c_proj and c_fc: 12 x 16 x (3072 + 1536 + 3840 + 3840).
+        assert LoRA(gpt2, draws_of_shape, rank=16, targets="c_attn+c_proj+c_fc").size == 2_359_296
+        # Houlsby's table 1 counts two adapters a layer and normalisations on BERT-large; one of size 64 is
+        # 24 x (2 x 64 x 1024 + 64 + 1024), Pfeiffer's choice.
+        assert Bottlenecks(large, draws_of_shape, bottleneck=64).size == 24 * (2 * 64 * 1024 + 64 + 1024)
+        # BitFit: 0.1 % of RoBERTa-base.
+        sizes = dict(backbone_of(roberta).named_parameters())
+        assert sum(sizes[name].numel() for name in biases(roberta)) == 102_144
+
+
+def draws_of_shape(purpose: str) -> Any:
+    return np.random.default_rng(0)

@@ -47,6 +47,9 @@ K = round(0.02 * 16384)
         # The embeddings' normalisation; per layer four projections, two normalisations, 64 + 32.
         ("bitfit", [("bias", 32 + 2 * (4 * 32 + 2 * 32 + 64 + 32))]),
         ("lora", [("lora", 2 * 2 * 8 * (32 + 32))]),
+        ("ffa-lora", [("lora", 2 * 2 * 8 * 32)]),
+        ("flasc", [("lora", 2 * 2 * 8 * (32 + 32))]),
+        ("adapter", [("adapter", 2 * (2 * 4 * 32 + 4 + 32))]),
         ("head", []),
     ],
 )
