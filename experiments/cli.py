@@ -85,6 +85,9 @@ def run(
     down: Annotated[
         str | None, typer.Option(help="How values travel to the clients: fp32, fp16, int4+delta, ...")
     ] = None,
+    budget_bytes: Annotated[
+        int | None, typer.Option(help="Bytes a client and round: chooses up, down, if need be density.")
+    ] = None,
     mask_transport: Annotated[str | None, typer.Option(help="recipe (under 256 bytes) or packed.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16 or auto (measured before round 1): the frozen backbone's.")
@@ -129,6 +132,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Run a federation and write runs/NAME."""
+    from experiments.launch import Engine, run_federation, within_budget
     from experiments.options import KEYS, build_config, with_absolute_paths
 
     given = locals()
@@ -138,8 +142,7 @@ def run(
 
         config, asked = stored_settings(asked)
     settings = build_config(config, asked, task or (), option or (), set_ or (), clients)
-    from experiments.launch import Engine, run_federation
-
+    settings = within_budget(settings, budget_bytes, asked)
     chosen = Engine(engine, backend, connection, federation_config, overwrite, resume, root_certificates)
     if engine != "superlink":  # its nodes read files below folders of their own
         settings = with_absolute_paths(settings)

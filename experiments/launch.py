@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,21 @@ class Engine:
         if not isinstance(value, dict):
             raise ConfigError(f"--backend: expected a JSON object, found {self.backend!r}")
         return value
+
+
+def within_budget(config: RunConfig, budget: int | None, given: Mapping[str, Any]) -> RunConfig:
+    """The settings that fit ``budget`` bytes, said on stderr. ``given``: options, of which two contradict."""
+    if budget is None:
+        return config
+    for option in ("up", "down"):
+        if given.get(option) is not None:
+            raise ConfigError(f"--budget-bytes chooses --up and --down; leave out --{option}, or the budget")
+    from experiments.budget import fit_budget
+    from experiments.estimate import label_counts
+
+    chosen, words = fit_budget(config, label_counts(config, None), budget)
+    print(f"budget: {words}", file=sys.stderr)
+    return chosen
 
 
 def run_federation(config: RunConfig, engine: Engine, *, as_json: bool) -> None:
