@@ -82,15 +82,16 @@ class MaskedEntries(Trainable):
 
     def effective(self, slot: int, tensor: torch.Tensor) -> torch.Tensor:
         name = self.slots[slot].name
-        entries, index = self.written(name), self._indices[self._order[name]]
+        entries, (index, _) = self.written(name), self._places(self._order[name])
         # An alias of the weight, which already holds the change; only the gradient is routed.
         seen: torch.Tensor = _Gather.apply(entries, tensor, index)  # type: ignore[no-untyped-call]
         return seen
 
     def restore(self) -> None:
         with torch.no_grad():
-            for slot, index, reference in zip(self._tensors, self._indices, self._reference, strict=True):
-                flat(slot.tensor)[index] = reference.to(slot.tensor.dtype)
+            for i, slot in enumerate(self._tensors):
+                index, reference = self._places(i)
+                flat(slot.tensor).scatter_(0, index, reference.to(slot.tensor.dtype))
         self._written = [None] * len(self._tensors)
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -104,11 +105,19 @@ class MaskedEntries(Trainable):
 
     def _write(self, name: str, entry: torch.Tensor) -> None:
         i = self._order[name]
-        tensor = self._tensors[i].tensor
+        tensor, (index, reference) = self._tensors[i].tensor, self._places(i)
         with torch.no_grad():
-            # scatter_: several times faster than writing by an index
-            flat(tensor).scatter_(0, self._indices[i], (self._reference[i] + entry).to(tensor.dtype))
+            # scatter_ takes a third of the time of writing by an index
+            flat(tensor).scatter_(0, index, (reference + entry).to(tensor.dtype))
             self._written[i] = entry.detach().clone()
+
+    def _places(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where tensor i's entries lie (int64 [k of it]) and their stored values, on the tensor's device."""
+        device = self._tensors[i].tensor.device
+        if self._indices[i].device != device:  # the model has been moved
+            self._indices[i] = self._indices[i].to(device)
+            self._reference[i] = self._reference[i].to(device)
+        return self._indices[i], self._reference[i]
 
 
 def _check_tensors(parameters: dict[str, torch.nn.Parameter], mask: Mask) -> None:
