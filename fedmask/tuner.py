@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from fedmask.errors import CheckpointError, ConfigError
-from fedmask.kernels import SampledLinear
+from fedmask.kernels import SampledEmbedding, SampledLinear
 from fedmask.layout import Layout, Segment
 from fedmask.space import is_conv1d
 from fedmask.trainables.base import Draw, Trainable
-from fedmask.trainables.masked import MaskedEntries, is_matrix
+from fedmask.trainables.masked import MaskedEntries, is_matrix, is_table
 
 
 class PatchedForward:
@@ -41,6 +41,11 @@ class PatchedForward:
         sampled = self._sampled() if len(args) == 1 and not kwargs else None
         dense = [key for key in self.drivers if sampled is None or key != "weight"]
         seen = {key: self._effective(key) for key in dense}
+        if sampled is not None and isinstance(module, nn.Embedding):
+            values, rows = sampled.table(self.drivers["weight"][0][1])
+            return SampledEmbedding.apply(  # type: ignore[no-untyped-call]
+                args[0], own["weight"], values, rows, module.padding_idx
+            )
         if sampled is not None:
             values, pattern = sampled.pattern(self.drivers["weight"][0][1])
             bias = seen.get("bias", module._parameters.get("bias"))
@@ -63,11 +68,12 @@ class PatchedForward:
         ]
 
     def _sampled(self) -> MaskedEntries | None:
-        """The masked entries, if they alone drive a linear layer's weight."""
+        """The masked entries, if they alone drive a linear layer's weight or an embedding's table."""
         drivers = self.drivers.get("weight", [])
         if len(drivers) == 1:
             trainable, slot = drivers[0]
-            if isinstance(trainable, MaskedEntries) and is_matrix(trainable.slots[slot]):
+            found = trainable.slots[slot]
+            if isinstance(trainable, MaskedEntries) and (is_matrix(found) or is_table(found)):
                 return trainable
         return None
 

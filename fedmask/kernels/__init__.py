@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedmask.kernels.embedding import SampledEmbedding, TableRows, is_plain_embedding
 from fedmask.kernels.gradient import (
     SETTLED,
     Kernel,
@@ -17,10 +18,13 @@ __all__ = [
     "SETTLED",
     "Kernel",
     "Pattern",
+    "SampledEmbedding",
     "SampledLinear",
+    "TableRows",
     "WeightLayout",
     "available_kernels",
     "choose_kernel",
     "dense_weight_gradient",
+    "is_plain_embedding",
     "sampled_weight_gradient",
 ]

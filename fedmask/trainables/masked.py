@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fedmask.errors import CheckpointError
-from fedmask.kernels import Pattern, WeightLayout
+from fedmask.kernels import Pattern, TableRows, WeightLayout, is_plain_embedding
 from fedmask.masks.base import Mask
 from fedmask.space import backbone_of, backbone_parameters, is_conv1d, is_linear
 from fedmask.stored import stored_reader
@@ -43,6 +43,11 @@ class MaskedEntries(Trainable):
         self._tensors = self._one_slot_each(names)
         self._patterns: dict[str, Any] = {
             slot.name: _pattern(slot, parts[slot.name]) for slot in self.slots if is_matrix(slot)
+        }
+        self._tables = {
+            slot.name: TableRows.from_flat(parts[slot.name], slot.tensor.shape)
+            for slot in self.slots
+            if is_table(slot)
         }
         self._chunks = Chunks([len(index) for index in self._indices])
         self._written: list[torch.Tensor | None] = [None] * len(names)  # the entries that the weights hold
@@ -79,6 +84,11 @@ class MaskedEntries(Trainable):
         """For a linear layer's weight: its changes (float32 ``[k of the layer]``) and where they lie."""
         name = self.slots[slot].name
         return self.written(name), self._patterns[name]
+
+    def table(self, slot: int) -> tuple[torch.Tensor, TableRows]:
+        """For an embedding's table: its changes (float32 ``[k of the table]``) and where they lie."""
+        name = self.slots[slot].name
+        return self.written(name), self._tables[name]
 
     def effective(self, slot: int, tensor: torch.Tensor) -> torch.Tensor:
         name = self.slots[slot].name
@@ -133,6 +143,11 @@ def _check_tensors(parameters: dict[str, torch.nn.Parameter], mask: Mask) -> Non
 def is_matrix(slot: Slot) -> bool:
     """Whether the slot is the weight of a linear layer, which has the sampled gradient."""
     return is_linear(slot.module) and slot.parameter == "weight"
+
+
+def is_table(slot: Slot) -> bool:
+    """Whether the slot is the table of an embedding, whose gradient is found by the rows that were read."""
+    return slot.parameter == "weight" and is_plain_embedding(slot.module)
 
 
 def flat(parameter: torch.Tensor) -> torch.Tensor:

@@ -19,15 +19,17 @@ _PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1, torc
 
 
 class Products(TorchDispatchMode):
-    """Keeps ``(rows, inner, columns)`` of each product of two matrices."""
+    """Keeps ``(rows, inner, columns)`` of each product of two matrices, and the name of everything called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[int, int, int]] = []
+        self.calls: list[str] = []
 
     def __torch_dispatch__(
         self, function: Any, types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self.calls.append(str(function))
         if function in _PRODUCTS and args[_PRODUCTS[function]].dim() == 2:
             left, right = args[_PRODUCTS[function] :][:2]
             self.seen.append((left.shape[0], left.shape[1], right.shape[1]))
