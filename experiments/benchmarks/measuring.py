@@ -99,19 +99,29 @@ def ratios(seconds: Mapping[str, Sequence[float]], base: str) -> dict[str, float
 def machine() -> dict[str, Any]:
     """What the numbers were measured on, and how busy it was."""
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "amx": _has_amx(),
+        "amx": _has("amx_bf16"),
+        "avx512_bf16": _has("avx512_bf16"),
         "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
 
 
-def _has_amx() -> bool:
+def _cpuinfo() -> str:
     info = Path("/proc/cpuinfo")
-    return info.exists() and "amx_bf16" in info.read_text(encoding="utf-8")
+    return info.read_text(encoding="utf-8") if info.exists() else ""
+
+
+def _processor() -> str:
+    names = [line.split(":")[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _has(instructions: str) -> bool:
+    return instructions in _cpuinfo()
 
 
 def parser(text: str | None, *, repeats: int, threads: int = 2) -> argparse.ArgumentParser:

@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.benchmarks.measuring import write
+
 CLIENTS = (10, 100, 1_000, 10_000)
 ENTRIES, REPLIES, HELD_REPLIES = 1_000_000, 1_000, 200
 _COPIED = 32_000_000  # float64 values: far beyond any cache
@@ -164,7 +166,6 @@ def main() -> None:
         return
     workers = ("--workers", str(options.workers))
     result: dict[str, Any] = {
-        "load": os.getloadavg(),
         "clients": [in_a_process("--only-clients", str(n), *workers) for n in options.clients],
         "aggregation": measure_aggregation(options.repeats),
         "held": [in_a_process("--only-strategy", name) for name in ("mean", "fedavg")],
@@ -176,7 +177,10 @@ def main() -> None:
             print("  " + "  ".join(f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values()))
     print("aggregation", json.dumps(result["aggregation"]))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        import torch
+
+        torch.set_num_threads(1)  # as in the processes that measured
+        write(options.json, **result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The tables of docs/performance.md, made from the published results.
+"""The tables of docs/performance.md and docs/scale.md, made from the published results.
 
-``python -m experiments.benchmarks.tables`` writes them anew between the page's ``<!-- name -->`` and
+``python -m experiments.benchmarks.tables`` writes them anew between the pages' ``<!-- name -->`` and
 ``<!-- end -->`` marks, from ``experiments/results/benchmarks/name.json``.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = tuple(ROOT / "docs" / name for name in ("performance.md", "scale.md"))
 RESULTS = ROOT / "experiments" / "results" / "benchmarks"
 _MB = 2**20
 _BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.S)
@@ -37,7 +37,7 @@ def _by_model(rows: Sequence[dict[str, Any]], key: str, cells: Callable[[dict[st
     return _table([key, *(f"{m}: {c}" for m in models for c in _COLUMNS[width])], lines)
 
 
-_COLUMNS = {3: ("trained", "ms", "to the floor"), 2: ("ms", "times faster")}
+_COLUMNS = {4: ("trained", "ms", "to the floor", "fastest to fastest"), 2: ("ms", "times faster")}
 
 
 def step(found: dict[str, Any]) -> str:
@@ -45,7 +45,12 @@ def step(found: dict[str, Any]) -> str:
     return _by_model(
         found["steps"],
         "method",
-        lambda row: [f"{row['trained']:,}", f"{row['ms']:.0f}", f"{row['ratio_to_floor']:.2f}"],
+        lambda row: [
+            f"{row['trained']:,}",
+            f"{row['ms']:.0f}",
+            f"{row['ratio_to_floor']:.2f}",
+            f"{row['ratio_of_least']:.2f}",
+        ],
     )
 
 
@@ -92,27 +97,89 @@ def latency(found: dict[str, Any]) -> str:
     return _table(("model served", "shape", "batch", "ms", "to the original"), rows)
 
 
+def overhead(found: dict[str, Any]) -> str:
+    """Number 4: a round through Flower against the same steps without it."""
+    base = {"bare": "bare", "inprocess": "bare", "ray": "bare", "quickstart": "quickstart steps"}
+    rows = [
+        [name, f"{found['medians'][name]:.2f}",
+         f"{found['medians'][other]:.2f}", f"{found['ratios'].get(name, 1.0):.3f}"]
+        for name, other in base.items()
+        if name in found["medians"]
+    ]  # fmt: skip
+    return _table(("way", "a round, s", "its steps alone, s", "ratio"), rows)
+
+
+def scale(found: dict[str, Any]) -> str:
+    """Number 5: federations of many clients."""
+    columns = ("clients", "values", "until all have joined, s", "a round, s", "peak memory, MB",
+               "above a run of two clients, MB", "growth after round 1, MB")  # fmt: skip
+    rows = [
+        [f"{row['clients']:,}", f"{row['values']:,}", f"{row['joined_seconds']:.1f}",
+         f"{row['round_seconds']:.1f}", f"{row['peak_megabytes']:.0f}",
+         f"{row['above_a_run_of_two_megabytes']:.0f}", f"{row['grown_after_round_1_megabytes']:.1f}"]
+        for row in found["clients"]
+    ]  # fmt: skip
+    return _table(columns, rows)
+
+
+def aggregation(found: dict[str, Any]) -> str:
+    """Number 5: replies of a million entries."""
+    one = found["aggregation"]
+    rows = [
+        [f"`{row['strategy']}`, a whole round", f"{row['replies']:,}", f"{row['seconds']:.2f}",
+         f"{row['grown_megabytes']:.0f}", "-"]
+        for row in found["held"]
+    ]  # fmt: skip
+    first = ["the sums of `mean` alone", f"{one['replies']:,}", f"{one['seconds']:.2f}", "0",
+             f"{one['share_of_copy']:.2f}"]  # fmt: skip
+    return _table(
+        ("what", "replies", "s", "memory grown by, MB", "share of the bandwidth of a copy"), [first, *rows]
+    )
+
+
+def quality(found: dict[str, Any]) -> str:
+    """What bfloat16 costs in quality."""
+    rows = [
+        [row["task"], f"{row['rows']:,}", str(row["seeds"]), f"{row['fp32']:.2f}", f"{row['bf16']:.2f}",
+         f"{row['difference']:+.2f} ± {row['half_width']:.2f}"]
+        for row in found["quality"]
+    ]  # fmt: skip
+    return _table(("task", "test rows", "seeds", "float32", "bfloat16", "difference, 95 %"), rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    one.__name__: one for one in (step, precision, memory, masking, latency)
+    one.__name__: one
+    for one in (step, precision, memory, overhead, masking, latency, scale, aggregation, quality)
 }
+SOURCES = {"aggregation": "scale"}  # tables that are not from a result of their own name
 
 
 def filled(text: str, results: Path) -> str:
     """The page with every block made from its result."""
 
     def block(match: re.Match[str]) -> str:
-        found = json.loads((results / f"{match[2]}.json").read_text(encoding="utf-8"))
-        where = found["machine"]
-        busy = f", load before the end {where['load']}" if "load" in where else ""
-        note = f"\nMeasured on {where['cores']} cores, threads: {where['threads']}{busy}.\n"
-        return f"{match[1]}{TABLES[match[2]](found)}{note}{match[3]}"
+        name = match[2]
+        found = json.loads((results / f"{SOURCES.get(name, name)}.json").read_text(encoding="utf-8"))
+        return f"{match[1]}{TABLES[name](found)}{_note(found)}{match[3]}"
 
     return _BLOCK.sub(block, text)
 
 
+def _note(found: dict[str, Any]) -> str:
+    """Where and how a result was measured."""
+    where = found["machine"]
+    shares = [row["others"] for rows in found.values() if isinstance(rows, list) for row in rows
+              if isinstance(row, dict) and "others" in row]  # fmt: skip
+    shares += [found["others"]] if "others" in found else []
+    busy = f"; other processes had at most {max(shares):.1%} of a core meanwhile" if shares else ""
+    name = where.get("processor", "a machine")
+    return f"\nMeasured on {name}, {where['cores']} cores, threads: {where['threads']}{busy}.\n"
+
+
 def main() -> int:
-    """Write the page."""
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+    """Write the pages."""
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
     return 0
 
 
