@@ -13,6 +13,7 @@ from fedmask.layout import HEAD_PREFIX
 from fedmask.masks import mask_size
 from fedmask.models import Backbone, load_backbone
 from fedmask.tuner import tuning_of
+from fedmask.views import View
 from fedmask.workspace import Workspace, get_workspace
 
 # Segments of masked values. Where clients' masks differ, a model at rest has none of them.
@@ -46,13 +47,20 @@ def mask_values(workspace: Workspace) -> int:
 
 def sent_values(workspace: Workspace) -> int:
     """Values that a client sends in a round, heads outside."""
-    segments = workspace.layout(workspace.tasks[0]).segments
+    segments = workspace.layout(workspace.tasks[0], _unmasked(workspace)).segments
     beside = sum(s.size for s in segments if s.shared and s.name not in _MASKED)
     return beside + mask_values(workspace)
 
 
 def trained_values(workspace: Workspace) -> int:
     """Values that an optimizer moves, heads outside. More than are sent where adapters are folded."""
-    parts = tuning_of(workspace.model(workspace.tasks[0])).trainables
+    parts = tuning_of(workspace.model(workspace.tasks[0], _unmasked(workspace))).trainables
     beside = [p for p in parts if not p.segment.startswith(HEAD_PREFIX) and p.segment not in _MASKED]
     return sum(part.values.numel() for part in beside) + mask_values(workspace)
+
+
+def _unmasked(workspace: Workspace) -> View | None:
+    """How to look at a model whose mask nobody has found yet; None where there is one, or none at all."""
+    if workspace.rule is None or workspace.mask is not None:
+        return None
+    return View(workspace.no_mask, workspace.no_mask.indices)

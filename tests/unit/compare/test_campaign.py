@@ -184,3 +184,27 @@ def test_missing_files_are_named_with_where_to_get_them(
         Campaign(study, folder / "out", None)
     with pytest.raises(ConfigError, match=r"found no trec6/train\.tsv, trec6/dev\.tsv; fetch"):
         Campaign(study, folder / "out", folder)
+
+
+def test_masks_of_any_placement_come_to_a_result(folder: Path) -> None:
+    grid = {"lr": [1e-2], "budget": {"values": 400}}
+    variants = [
+        grid | {"name": "pafi", "method": "pafi"},
+        grid | {"name": "rotate", "method": "pafi", "settings": {"mask_schedule": "rotate"}},
+        grid | {"name": "agreed", "method": "gradient", "settings": {"placement": "agreed"}},
+        grid | {"name": "client", "method": "gradient", "settings": {"placement": "client"}},
+    ]
+    out = folder / "out"
+    campaign = Campaign(study_of(folder, seeds=[1], variants=variants, full="pafi"), out, folder)
+    assert len(run(campaign)) == 4
+    found = {result["variant"]: result for result in all_results(out)}
+    assert {name: result.get("error") for name, result in found.items()} == dict.fromkeys(found)
+    assert {result["sent_values"] for result in found.values()} == {400}
+    assert {result["trained_values"] for result in found.values()} == {400}
+    shared, agreed, client = (found[name]["bytes"] for name in ("pafi", "agreed", "client"))
+    assert shared["mask_up_per_client"] == 0 < agreed["mask_up_per_client"]
+    assert agreed["payload"] > shared["payload"]
+    assert client["payload"] > shared["payload"]  # its indices, and a union that grows
+    assert found["rotate"]["bytes"]["up_per_client_round"] == pytest.approx(
+        shared["up_per_client_round"], rel=0.05
+    )
