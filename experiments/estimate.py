@@ -71,6 +71,11 @@ def estimate(config: RunConfig, labels: Mapping[str, int], link: tuple[float, fl
     ``rows``: as the ledger would sum them by kind and direction. ``seconds``: transfer alone, of the slowest
     client in each round; no training, no latency. Raises ConfigError.
     """
+    if config.has_views:
+        raise ConfigError(
+            "estimate: expected one fixed mask, found masks that differ by client or round (placement, "
+            "mask_schedule): how much of them is new each time is known only by the run"
+        )
     ensure_identity()
     shapes = read_shapes(config)
     tasks = [task for task, _ in assignments(config)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ def costs(
             lora_values=lora_values(query_value_shapes(list(backbone), [p.shape for p in backbone.values()])),
         )
     )
+    if config.has_views:  # masks that differ by client or by round: the first has a formula, the other none
+        found.pop("this-run")
+        if config.mask_schedule == "fixed":
+            found["this-run"] = replace(found["client-masks"], way="this-run")
     return {way: cost.to_dict() for way, cost in found.items()}
 
 

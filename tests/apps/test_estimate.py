@@ -71,6 +71,15 @@ def test_a_vector_too_long_to_be_made_costs_in_proportion() -> None:
     assert 4 * values < said["per_client_round"]["up"]["message_bytes"] < 4.01 * values
 
 
+def test_masks_that_differ_are_not_estimated(make_config: MakeConfig) -> None:
+    for changes in (
+        {"method": "gradient", "placement": "client"},
+        {"method": "pafi", "mask_schedule": "rotate"},
+    ):
+        with pytest.raises(ConfigError, match="expected one fixed mask"):
+            estimate(make_config(**changes), LABELS, (10.0, 50.0))
+
+
 @pytest.mark.parametrize("text", ["10", "0/5", "a/b", "10/50/1", "inf/5", "wifi"])
 def test_links_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="--link"):
