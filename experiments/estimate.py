@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from experiments.expected import Downlink, Pair, Size, joining, recipe_of, scores_size, slowest, up_size
-from fedmask.channel import value_bytes
+from fedmask.channel import down_way, value_bytes
 from fedmask.config import RunConfig
 from fedmask.costs import RunFacts, compare, lora_values, query_value_shapes
 from fedmask.errors import ConfigError, unknown
@@ -169,6 +169,7 @@ def _other_ways(
             beside=sum(segment.size for segment in shapes.shared) - shapes.k,
             up_value_bytes=value_bytes(config.up),
             down_value_bytes=value_bytes(config.down),
+            changes_down=down_way(config.down).change,
             recipe_bytes=len(recipe_of(config).encode()),
             once_up_bytes=sum(one["up"].payload for one in before),
             once_down_bytes=sum(one["down"].payload for one in before),

@@ -3,7 +3,7 @@
 The same rules for every way, so that they compare:
 
 - a client that takes part in a round receives the current values and sends its own, head included; the
-  first round is charged like any other;
+  first round is charged like any other, unless changes are sent down: before it nothing has changed;
 - every value costs ``up_value_bytes`` or ``down_value_bytes``, whatever the way: all are allowed this run's
   codecs; indices cost the best code known, rounded up to whole bytes a message, and are charged whenever the
   set is new to the one who reads it. Released formats of indices (``INDEX_FORMATS``) stand beside it;
@@ -26,7 +26,7 @@ The same rules for every way, so that they compare:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from fedmask.amounts import independent_union, lora_values, query_value_shapes, union_sizes
@@ -58,6 +58,7 @@ class RunFacts:
     - ``client_heads``: head values of each client; ``schedule``: the clients of each round
     - ``beside``: further shared values that travel with any mask, such as feed-forward biases
     - ``up_value_bytes``, ``down_value_bytes``: bytes a value each way (``fedmask.channel.value_bytes``)
+    - ``changes_down``: what is sent down is the change since the version before, in every way
     - ``recipe_bytes``: what a client receives to derive the shared mask
     - ``once_up_bytes``, ``once_down_bytes``: what each client of this run exchanges once for its mask
     - ``mask_bytes``: measured bytes of a packed k-mask; None: the entropy bound
@@ -74,6 +75,7 @@ class RunFacts:
     beside: int = 0
     up_value_bytes: float = 4.0
     down_value_bytes: float = 4.0
+    changes_down: bool = False
     recipe_bytes: int = 256
     once_up_bytes: int = 0
     once_down_bytes: int = 0
@@ -199,12 +201,20 @@ class _Sum:
     def __init__(self, facts: RunFacts) -> None:
         self._facts = facts
         names = ("up", "down", "index_up", "index_down", "head_up", "head_down", "mask_index")
-        self._sums, self._indices = dict.fromkeys(names, 0), 0
+        self._sums, self._indices, self._number = dict.fromkeys(names, 0), 0, 0
+
+    def rounds(self) -> Iterator[Sequence[int]]:
+        """The clients of each round, one round after the other."""
+        for number, sampled in enumerate(self._facts.schedule):
+            self._number = number
+            yield sampled
 
     def message(self, direction: str, values: int, client: int, index: int = 0, indices: int = 0) -> None:
         """``index`` bytes say which entries; ``indices``: how many packed indices they are (0: a recipe)."""
         head = self._facts.client_heads[client]
         width = self._facts.up_value_bytes if direction == "up" else self._facts.down_value_bytes
+        if direction == "down" and self._facts.changes_down and self._number == 0:
+            width = 0.0  # nothing has changed yet
         self._sums[direction] += math.ceil((values + head) * width) + index
         self._sums[f"index_{direction}"] += index
         self._sums[f"head_{direction}"] += math.ceil(head * width)
@@ -226,7 +236,7 @@ class _Sum:
 
 def _dense(way: str, facts: RunFacts, values: int, not_charged: str) -> Cost:
     total = _Sum(facts)
-    for sampled in facts.schedule:
+    for sampled in total.rounds():
         for client in sampled:
             total.message("down", values, client)
             total.message("up", values, client)
@@ -240,7 +250,7 @@ def _once(way: str, facts: RunFacts, up: int, down: int, not_charged: str, indic
     """
     total = _Sum(facts)
     seen: set[int] = set()
-    for sampled in facts.schedule:
+    for sampled in total.rounds():
         for client in sampled:
             new = client not in seen
             seen.add(client)
@@ -266,7 +276,7 @@ def _client_masks(facts: RunFacts) -> Cost:
     own = _mask_bytes(facts)
     seen: set[int] = set()
     holds: dict[int, int] = {}  # client -> size of the union that it received last
-    for number, sampled in enumerate(facts.schedule):
+    for number, sampled in enumerate(total.rounds()):
         if facts.unions is None:
             union = independent_union(facts.k, facts.eligible_size, len(seen))
         else:

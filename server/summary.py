@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmask.channel import value_bytes
+from fedmask.channel import down_way, value_bytes
 from fedmask.codecs import pack_indices
 from fedmask.costs import RunFacts, compare, lora_values, query_value_shapes
 from fedmask.delta import write_delta
@@ -70,6 +70,7 @@ def costs(
             schedule=schedule,
             up_value_bytes=value_bytes(config.up),
             down_value_bytes=value_bytes(config.down),
+            changes_down=down_way(config.down).change,
             beside=beside,
             recipe_bytes=len(recipe.to_json().encode()) if recipe else 0,
             once_up_bytes=once[0],

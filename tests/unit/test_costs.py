@@ -100,6 +100,16 @@ def test_quarter_bytes_round_up_by_message() -> None:
     assert compare(facts)["full"].down_bytes == 2 * 9 * 4  # the other direction has its own
 
 
+def test_where_changes_are_sent_down_round_one_brings_none() -> None:
+    whole, changes = compare(TINY), compare(replace(TINY, changes_down=True))
+    for way in ("this-run", "agreed-mask", "full", "lora"):
+        values = {"full": 100, "lora": 16}.get(way, 4)
+        assert whole[way].down_bytes - changes[way].down_bytes == (values + 2) * 4  # client 0 alone
+        assert whole[way].index_down_bytes == changes[way].index_down_bytes
+    assert whole["client-masks"].down_bytes - changes["client-masks"].down_bytes == 2 * 4  # only its head
+    assert all(whole[way].up_bytes == changes[way].up_bytes for way in whole)
+
+
 def test_without_a_mask_only_dense_ways_remain() -> None:
     ways = compare(RunFacts(0, 64, 100, (1,), ((0,),), beside=7))
     assert list(ways) == ["this-run", "full"]
