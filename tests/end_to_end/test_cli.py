@@ -239,6 +239,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "a word for a strategy's number": (["run", "--option", "eta=x"], ["eta: expected a number", "eta=0.1"]),
     "no such run": (["report", "runs/absent"], ["runs/absent", "found none"]),
     "unknown ledger key": (["ledger", "RUN", "--by", "rund"], ["rund", "nearest is 'round'"]),
+    "clients and tasks": (["estimate", "--clients", "3", "--task", "bbc:2"], ["--clients"]),
+    "no link": (["estimate", "--clients", "3", "--link", "fast"], ["--link", "10/50", "fast"]),
+    "labels of no task": (["estimate", "--clients", "3", "--labels", "tusk=2"], ["nearest is 'task'"]),
     "unknown eligible set": (["mask", "MODEL", "--eligible", "liner"], ["liner", "nearest is 'linear'"]),
 }
 
@@ -261,6 +264,21 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     for part in parts:
         assert part in err
     assert list(tmp_path.iterdir()) == [], "a mistake leaves nothing behind"
+
+
+def test_an_estimate_in_words_and_as_json(fedmask: Run) -> None:
+    words = ["estimate", "--model", "roberta-large", "--clients", "100", "--rounds", "2", "--up", "int8"]
+    code, out, _ = fedmask(*words, "--link", "10/50")
+    assert code == 0
+    assert "1,632,829 of 354,310,144 backbone values" in out and "10 Mbit/s up and 50 down" in out
+    code, out, _ = fedmask(*words, "--json")
+    said = json.loads(out)
+    values = 1_632_829 + 2 * 1025
+    assert 1.0 < said["per_client_round"]["up"]["payload_bytes"] / values < 1.02
+    assert said["per_client_round"]["down"]["payload_bytes"] == 4 * values
+    # The slowest client's own link: down at 50 Mbit/s, up at 10.
+    sizes = {way: one["message_bytes"] for way, one in said["per_client_round"].items()}
+    assert said["seconds"]["round"] == pytest.approx(8e-6 * (sizes["up"] / 10 + sizes["down"] / 50), rel=1e-6)
 
 
 def in_a_new_process(code: str) -> Any:
@@ -288,7 +306,7 @@ def test_no_words_at_all_get_the_help(fedmask: Run) -> None:
 
 
 def test_every_command_has_help(fedmask: Run) -> None:
-    for words in ([], ["run"], ["mask"], ["export"], ["report"], ["ledger"]):
+    for words in ([], ["run"], ["mask"], ["export"], ["report"], ["ledger"], ["estimate"]):
         code, out, _ = fedmask(*words, "--help")
         assert code == 0
         assert "--help" in out
