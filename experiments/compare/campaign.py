@@ -118,9 +118,12 @@ class Campaign:
 
 
 def _from_the_middle(cells: list[Cell]) -> list[Cell]:
-    """The middle rates first: they are the likeliest, so an unfinished search says the most."""
+    """The middle rates first, they are the likeliest; of two as far from it the larger one.
+
+    So an unfinished search says the most: few rounds want large steps.
+    """
     middle = (len(cells) - 1) / 2
-    return sorted(cells, key=lambda cell: (abs(cells.index(cell) - middle), cell.lr))
+    return sorted(cells, key=lambda cell: (abs(cells.index(cell) - middle), -cell.lr))
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
