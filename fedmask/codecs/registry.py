@@ -13,6 +13,7 @@ from functools import partial
 from fedmask.codecs.base import Codec
 from fedmask.codecs.errors import UnknownCodec
 from fedmask.codecs.feedback import Feedback
+from fedmask.codecs.huffman import Huffman
 from fedmask.codecs.plain import Bf16, Fp16, Fp32
 from fedmask.codecs.quantized import Quantized
 from fedmask.codecs.sign import Sign
@@ -26,6 +27,9 @@ CODECS: dict[str, Callable[[str], Codec]] = {
     "int8": partial(Quantized, 8),
     "int4": partial(Quantized, 4),
     "int2": partial(Quantized, 2),
+    "int8h": partial(Huffman, partial(Quantized, 8)),
+    "int4h": partial(Huffman, partial(Quantized, 4)),
+    "int2h": partial(Huffman, partial(Quantized, 2)),
     "sign": Sign,
     "topk": partial(TopK, lambda: CODECS),
 }

@@ -29,6 +29,7 @@ from fedmask.rng import rng_for
 
 DIGEST = "5f" * 32
 CODECS = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "sign", "topk:0.2", "topk:0.1/int8")
+CODECS += ("int4h", "int2h:8")
 STEADY = settings(deadline=None, derandomize=True, max_examples=200)
 
 changes = st.floats(-1e4, 1e4, width=32, allow_nan=False)
