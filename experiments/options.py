@@ -44,6 +44,9 @@ KEYS = {
     "max_tokens": "train.max_tokens",
     "strategy": "server.strategy",
     "clients_per_round": "server.clients_per_round",
+    "over_select": "server.over_select",
+    "min_replies": "server.min_replies",
+    "round_deadline": "server.timeout",
 }
 
 

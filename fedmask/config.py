@@ -201,11 +201,15 @@ class ScoreConfig(_Settings):
 
 
 class ServerConfig(_Settings):
-    """Sampling and aggregation. ``options`` go to the strategy; ``timeout`` is seconds per round."""
+    """Sampling and aggregation. ``options`` go to the strategy; ``timeout`` is seconds per round.
+
+    ``over_select``: so many times ``clients_per_round`` are asked, and the first replies count.
+    """
 
     strategy: str = "fedavg"
     options: dict[str, Whole | Real] = Field(default_factory=dict)
     clients_per_round: Whole | None = Field(default=None, ge=1)
+    over_select: Real = Field(default=1.0, ge=1, le=10)
     task_weighting: Literal["equal", "examples"] = "equal"
     min_replies: Whole = Field(default=1, ge=1)
     timeout: Real = Field(default=3600.0, gt=0)
@@ -284,6 +288,11 @@ class RunConfig(_Settings):
         if sampled > self.clients:
             raise ConfigError(
                 f"server.clients_per_round: expected at most {self.clients} clients, found {sampled}"
+            )
+        if self.server.over_select > 1 and self.server.clients_per_round is None:
+            raise ConfigError(
+                "server.over_select: expected server.clients_per_round with it, found none; without, all"
+                " clients are asked"
             )
         if self.server.min_replies > sampled:
             raise ConfigError(

@@ -6,6 +6,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,9 +25,10 @@ from server.agree import distribute, find_mask, keep_mask, kept_mask, needs_agre
 from server.evaluation import central_scores
 from server.facts import run_record
 from server.joining import join, rejoin
+from server.norms import far_out
 from server.observer import Observer, Silent
 from server.overlap import measured_unions
-from server.record import FOLDER_LINE, Existing, RunFolder, unfinished, vector_digest
+from server.record import FOLDER_LINE, Existing, RunFolder, unfinished, vector_digest, writing
 from server.resume import forget_states, interrupted, save_state
 from server.rounds import Federation, Row, most_claims
 from server.seats import lost_seats
@@ -144,12 +146,13 @@ def run_server(
         roster = enlist()
     else:
         distribute(grid, workspace, roster, ledger)
-    if point:
-        ledger = point.go_on(folder.path, record, ledger)
-    else:
-        folder.create(record | {"own_rows": {str(client): rows for client, rows in roster.rows.items()}})
-        if needs_agreement(workspace):
-            keep_mask(workspace, folder.path)
+    with writing(folder.path):
+        if point:
+            ledger = point.go_on(folder.path, record, ledger)
+        else:
+            folder.create(record | {"own_rows": {str(client): rows for client, rows in roster.rows.items()}})
+            if needs_agreement(workspace):
+                keep_mask(workspace, folder.path)
     record = {}  # thousands of clients' label counts, which are in the file
     try:
         state.confirm(roster.held)
@@ -170,17 +173,20 @@ def run_server(
             rows.append(row)
             _end_round(federation, state, row, folder)
         summary = _finish(federation, state, rows, folder, began - earlier, client_evaluation, search)
-    finally:
-        folder.save_ledger(ledger)  # also of a run that failed: it says who and in which round
+    except BaseException:
+        with suppress(OSError):  # the disk may be what failed
+            folder.save_ledger(ledger)  # it says who and in which round
+        raise
     observer.on_end(summary)
     return RunResult(folder.path, summary, state)
 
 
 def _end_round(federation: Federation, state: RunState, row: Row, folder: RunFolder) -> None:
     """Write what the round left; the state last, because it says that all the rest is there."""
-    folder.append_round(row)
-    folder.save_ledger(federation.ledger)
-    save_state(folder.path, state, federation.strategy.state(), len(federation.ledger))
+    with writing(folder.path):
+        folder.append_round(row)
+        folder.save_ledger(federation.ledger)
+        save_state(folder.path, state, federation.strategy.state(), len(federation.ledger))
     federation.observer.on_round_end(row)
     log.info("%s", _line(row, federation.config.rounds))
 
@@ -196,10 +202,12 @@ def _finish(
 ) -> dict[str, Any]:
     """Delta and summary of a run whose rounds are done. What only describes the run cannot lose it."""
     workspace, ledger = federation.workspace, federation.ledger
-    save_change(workspace, state, folder.path / "delta.safetensors")
+    with writing(folder.path):
+        save_change(workspace, state, folder.path / "delta.safetensors")
     test = federation.scores(state, "test")
     clients, unscored = federation.client_scores(state) if client_evaluation else ({}, [])
-    folder.save_ledger(ledger)
+    with writing(folder.path):
+        folder.save_ledger(ledger)
     schedule = [row["sampled"] for row in rows[1:]]
     if found := [row["mask_search"] for row in rows if "mask_search" in row]:
         search = {"placement": "client", "rule": workspace.no_mask.rule.name}
@@ -219,7 +227,8 @@ def _finish(
         "overlap": {},
         "notes": [],
     }
-    folder.write_summary(summary)  # complete; what follows needs much memory and only adds to it
+    with writing(folder.path):
+        folder.write_summary(summary)  # complete; what follows needs much memory and only adds to it
     try:
         unions, overlap = measured_unions(workspace, schedule)
         summary |= {"overlap": overlap, "costs": costs(workspace, schedule, unions)}
@@ -239,7 +248,7 @@ def _line(row: dict[str, Any], rounds: int) -> str:
         f"{task} {key} {value:.3f}" for task, found in row["dev"].items() for key, value in found.items()
     ]
     used = f"{len(row['replied'])} of {len(row['sampled'])} replies" if row["round"] else "before training"
-    note = f"; {row['note']}" if row["note"] else ""
+    note = "".join(f"; {text}" for text in (row["note"], far_out(row["norms"])) if text)
     return f"fedmask: round {row['round']} of {rounds}, {used}; {', '.join(scores) or 'no dev rows'}{note}"
 
 

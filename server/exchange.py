@@ -17,6 +17,10 @@ from fedmask.ledger import Ledger, LedgerRow
 Kind = Literal["mask", "train", "evaluate"]
 Status = Literal["ok", "rejected", "failed"]
 
+SURPLUS = "not needed: the round had its replies"
+Late = dict[str, tuple["Request", int]]
+"""Messages of earlier rounds that nobody waits for any more, by their ids, with their rounds."""
+
 # Flower's own send_and_receive sleeps 3 seconds between looks; a round of small updates is faster.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5
 
@@ -44,6 +48,7 @@ class Answer:
     reply: Message | None = None
     reason: str = ""
     status: Status = "failed"
+    message_id: str = ""  # of a message that is still out: its answer may come in a later round
 
     def fail(self, status: Status, reason: str) -> None:
         """Mark the answer as one that does not count, and why."""
@@ -56,12 +61,16 @@ def exchange(
     message_type: str,
     timeout: float,
     arrived: Callable[[Answer], None] | None = None,
+    *,
+    enough: Callable[[], bool] = lambda: False,
+    late: Late | None = None,
 ) -> list[Answer]:
     """Send all requests and wait for the answers, in the order of the requests.
 
     A request that is not answered within ``timeout`` seconds, or is answered with an error, comes
     back as failed; nothing here raises for what a client does. ``arrived`` is called once a request. A
-    second reply to one message is a rejected answer of its own, after all others.
+    second reply to one message is a rejected answer of its own, after all others; so is a reply to one of
+    the ``late`` messages, which is taken out of them. No more is waited for once ``enough()``.
     """
     asked = list(requests)
     messages = [
@@ -87,24 +96,35 @@ def exchange(
             if arrived:
                 arrived(answer)
     del messages
-    doubles = _collect(grid, waiting, time.monotonic() + timeout, arrived)
-    for answer in waiting.values():
-        answer.fail("failed", f"no answer within {timeout:g} s")
+    late = {} if late is None else late
+    doubles = _collect(grid, waiting, time.monotonic() + timeout, arrived, enough, late)
+    reason = SURPLUS if enough() else f"no answer within {timeout:g} s"
+    for name, answer in waiting.items():
+        answer.fail("failed", reason)
+        answer.message_id = name
         if arrived:
             arrived(answer)
     return answers + doubles
 
 
 def _collect(
-    grid: Grid, waiting: dict[str, Answer], deadline: float, arrived: Callable[[Answer], None] | None
+    grid: Grid,
+    waiting: dict[str, Answer],
+    deadline: float,
+    arrived: Callable[[Answer], None] | None,
+    enough: Callable[[], bool],
+    late: Late,
 ) -> list[Answer]:
-    """Fill in the waiting answers until none is left or the deadline has passed; the second replies."""
+    """Fill in the waiting answers until none is left, there are enough, or the deadline has passed.
+
+    Returns second and late replies.
+    """
     answered: dict[str, Answer] = {}
     doubles: list[Answer] = []
     pause = _SHORTEST_PAUSE
-    while waiting and time.monotonic() < deadline:
+    while waiting and time.monotonic() < deadline and not enough():
         looked = time.monotonic()
-        replies = list(grid.pull_messages(waiting.keys()))
+        replies = list(grid.pull_messages(waiting.keys() | late.keys() if late else waiting.keys()))
         for reply in replies:
             name = reply.metadata.reply_to_message_id
             payload = content_payload_bytes(reply.content) if reply.has_content() else 0
@@ -113,6 +133,12 @@ def _collect(
                 first = answered[name]
                 doubles.append(Answer(first.request, first.client, None, size))
                 doubles[-1].fail("rejected", "a second reply to one message")
+                continue
+            if name in late:
+                request, round = late.pop(name)
+                if not reply.has_error():  # an error is what a SuperLink says of a message that is gone
+                    doubles.append(Answer(request, request.client, None, size))
+                    doubles[-1].fail("rejected", f"a late reply: it answers round {round}")
                 continue
             if name not in waiting:  # it answers nothing that was asked here
                 continue

@@ -9,16 +9,18 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from safetensors import SafetensorError
 
 import fedmask
 from fedmask.config import RunConfig
-from fedmask.errors import ConfigError
+from fedmask.errors import ConfigError, FederationError
 from fedmask.ledger import Ledger
 
 FOLDER_LINE = "fedmask: the run's folder is"  # in the log, for who follows it
@@ -44,6 +46,7 @@ class RunFolder:
                 raise ConfigError(f"{self.path}: expected an unfinished run to resume, found none")
         elif _taken(self.path):
             self._refuse()
+        _check_writable(self.path)
 
     def _refuse(self) -> None:
         if not is_run(self.path):
@@ -98,6 +101,29 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """``summary.json``, last and in one step: its presence means a complete run."""
         write_json(self.path / "summary.json", summary)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what the disk refuses inside into one line. Raises ``FederationError``."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FederationError(
+            f"{folder}: cannot be written ({reason}); what was complete is still there: make"
+            " room (or give write permission) and go on with --resume"
+        ) from error
+
+
+def _check_writable(path: Path) -> None:
+    """Say before anything is loaded that nothing could be written. Raises ``ConfigError``."""
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{path}: expected a folder that can be written, found no permission in {there}; give another"
+            " --runs-dir"
+        )
 
 
 def is_run(path: Path) -> bool:

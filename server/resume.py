@@ -32,7 +32,7 @@ from server.state import RunState
 STATE = "state.safetensors"
 PREVIOUS = "state.previous.safetensors"
 # What may differ when a run goes on: none of it changes what a round computes.
-FREE = ("name", "runs_dir", "rounds", "workers")
+FREE = ("name", "runs_dir", "rounds", "workers", "server.min_replies", "server.timeout")
 _FORMAT, _SHARED, _STRATEGY = "fedmask-state", "shared", "strategy/"
 _INSTEAD = "start it again with --overwrite, or give another name"
 log = logging.getLogger("flwr")
@@ -106,10 +106,14 @@ def save_state(folder: Path, state: RunState, strategy: Mapping[str, np.ndarray]
     metadata = {"format": _FORMAT, "version": "1", "round": str(state.round), "ledger_rows": str(ledger_rows)}
     metadata["sha256"] = _checksum(tensors, metadata)
     part = folder / (STATE + ".part")
-    with part.open("wb") as file:
-        file.write(save(tensors, metadata))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with part.open("wb") as file:
+            file.write(save(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        part.unlink(missing_ok=True)  # on a full disk it would stand in the way of what follows
+        raise
     if (folder / STATE).exists():
         os.replace(folder / STATE, folder / PREVIOUS)
     os.replace(part, folder / STATE)

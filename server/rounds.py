@@ -6,6 +6,7 @@ the first malformed reply; this loop does none of that and keeps its state in on
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,8 +27,9 @@ from fedmask.training import planned_steps
 from fedmask.workspace import Workspace
 from server.downlink import down_contents
 from server.evaluation import Scores, central_scores, task_means
-from server.exchange import Answer, Request, enter, exchange
+from server.exchange import SURPLUS, Answer, Late, Request, enter, exchange
 from server.joining import Roster
+from server.norms import beside_median, norm
 from server.observer import Observer
 from server.replies import Most, read_scores, read_training
 from server.state import RunState
@@ -36,6 +38,7 @@ from server.unequal import start_tally
 from server.uplink import own_mask, up_terms
 
 Row = dict[str, Any]
+_LATE_ROUNDS = 3  # for so many rounds a late reply is looked for, to be counted and named
 _ADDED = np.empty(0, np.float32)
 
 
@@ -55,8 +58,9 @@ def most_claims(workspace: Workspace, own: Mapping[int, tuple[int, int]] | None 
 
 
 def sample_clients(config: RunConfig, joined: Sequence[int], round: int) -> tuple[int, ...]:
-    """The partitions asked in a round, of those that ``joined`` (sorted)."""
-    count = min(config.server.clients_per_round or len(joined), len(joined))
+    """The partitions asked in a round, of those that ``joined`` (sorted); over-selected ones included."""
+    wanted = config.server.over_select * (config.server.clients_per_round or len(joined))
+    count = min(math.ceil(wanted), len(joined))
     if count == len(joined):
         return tuple(joined)
     rng = rng_for(config.seed, round, -1, "sample")
@@ -85,6 +89,7 @@ class Federation:
         self.ledger = ledger
         self.observer = observer
         self.most = most
+        self.late: Late = {}
 
     def sample(self, round: int) -> tuple[int, ...]:
         """The partitions asked in a round: a function of seed, round and who joined, of nothing else."""
@@ -111,14 +116,22 @@ class Federation:
         most_rows = sum(self.most[client].rows for client in clients)
         tally = start_tally(self.strategy, self.workspace, state, most_rows)
         good: list[Contribution] = []
+        norms: dict[int, float] = {}
+        wanted = self.config.server.clients_per_round if self.config.server.over_select > 1 else None
+
+        def enough() -> bool:
+            return wanted is not None and len(good) >= wanted
 
         def arrived(answer: Answer) -> None:
+            if enough() and answer.reply is not None:  # it came together with the last one
+                answer.fail("rejected", SURPLUS)
             for reply in self._judge(answer, state):
+                norms[reply.client] = norm(reply.change)
                 tally.add(reply)
                 good.append(replace(reply, change=_ADDED))  # whether the change is kept is the tally's affair
             self.observer.on_reply(answer.client)
 
-        answers = self._exchange(state, round, clients, TRAIN, arrived)
+        answers = self._exchange(state, round, clients, TRAIN, arrived, enough)
         enter(self.ledger, round, "train", answers)
         row = self._row(round, clients, answers)
         if len(good) < self.config.server.min_replies:
@@ -136,6 +149,7 @@ class Federation:
         row.update(self._measured(good))
         row["replied"] = sorted(reply.client for reply in good)
         row["selected"] = list(combined.selected)
+        row["norms"] = beside_median(norms)
         row["note"] = combined.note
         if own:
             took = [reply.metrics[SECONDS] for reply in good if SECONDS in reply.metrics]
@@ -197,6 +211,7 @@ class Federation:
         clients: Sequence[int],
         kind: str,
         arrived: Callable[[Answer], None],
+        enough: Callable[[], bool] = lambda: False,
     ) -> list[Answer]:
         behind: dict[int, int] = {}
 
@@ -208,9 +223,13 @@ class Federation:
                 answer.reply = None
                 behind[answer.client] = held
 
-        answers = self._ask(state, round, clients, state.held, kind, came)
+        answers = self._ask(state, round, clients, state.held, kind, came, enough)
         if behind:
-            answers += self._ask(state, round, tuple(sorted(behind)), dict(behind), kind, came)
+            answers += self._ask(state, round, tuple(sorted(behind)), dict(behind), kind, came, enough)
+        if kind == TRAIN:
+            waited = {name: at for name, at in self.late.items() if round - at[1] < _LATE_ROUNDS}
+            out = {answer.message_id: (answer.request, round) for answer in answers if answer.message_id}
+            self.late = waited | out
         return answers
 
     def _ask(
@@ -221,10 +240,13 @@ class Federation:
         held: Mapping[int, int],
         kind: str,
         arrived: Callable[[Answer], None],
+        enough: Callable[[], bool],
     ) -> list[Answer]:
         contents = down_contents(self.workspace, state, round, held, clients)
         requests = [Request(self.roster.nodes[client], client, contents[client]) for client in clients]
-        return exchange(self.grid, requests, kind, self.config.server.timeout, arrived)
+        seconds = self.config.server.timeout
+        late = self.late if kind == TRAIN else None
+        return exchange(self.grid, requests, kind, seconds, arrived, enough=enough, late=late)
 
     def _judge(self, answer: Answer, state: RunState) -> list[Contribution]:
         """A reply as a contribution, or none with the reason in the answer; the reply itself is let go."""
@@ -272,6 +294,7 @@ class Federation:
             "replied": [],
             "selected": [],
             "rejected": _lost(answers),
+            "norms": [],
             "steps": 0,
             "bytes": {
                 "up": sum(answer.up[0] for answer in answers),

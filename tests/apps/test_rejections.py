@@ -76,6 +76,14 @@ def _flipped(reply: Message) -> Message:
     return _changed(reply, bytes_record(bytes(data)))
 
 
+def _newer(reply: Message) -> Message:
+    """An envelope of a format that is not known yet, with a checksum that fits."""
+    data = bytearray(_envelope(reply))
+    data[4] = 99
+    data[5:9] = struct.pack("<I", zlib.crc32(bytes(data[9:])))
+    return _changed(reply, bytes_record(bytes(data)))
+
+
 def _longer(reply: Message) -> Message:
     header = read_header(_envelope(reply))
     *first, last = header.layout.segments
@@ -110,6 +118,7 @@ BAD_REPLIES: dict[str, tuple[Callable[[Message], Message], str]] = {
     "NaN": (lambda m: _patched(m, float("nan")), "finite"),
     "infinity": (lambda m: _patched(m, float("-inf")), "finite"),
     "absurd value": (lambda m: _patched(m, 1e30), "1e+30"),
+    "unknown version": (_newer, "expected version 1, found 99; update the older side"),
     "flipped bit": (_flipped, "checksum"),
     "truncated": (lambda m: _changed(m, bytes_record(_envelope(m)[:-10])), "bytes"),
     "no envelope": (lambda m: _changed(m, bytes_record(b"something else entirely.....")), "FMSK"),

@@ -308,3 +308,15 @@ def _shown(default: object) -> str:
     if default is None or default in ("", (), {}):
         return "-"
     return str(default).lower() if isinstance(default, bool) else f"{default}"
+
+
+def test_each_fault_names_a_test_that_exists() -> None:
+    """docs/reliability.md: every row of its table ends in the test that shows it."""
+    text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| fault")]
+    assert len(rows) > 25
+    for row in rows:
+        named = re.search(r"`(tests/[\w/]+\.py)::(test_\w+)` \|$", row)
+        assert named, f"no test in: {row}"
+        path, function = named.groups()
+        assert f"def {function}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path} has no {function}"

@@ -1,0 +1,204 @@
+"""The server's own misfortunes: killed at any moment, a full disk, a folder that cannot be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fedmask.config import RunConfig
+from fedmask.errors import ConfigError, FederationError
+from server.observer import Silent
+from server.record import RunFolder
+from server.resume import STATE
+from tests.apps.grids import read_rows
+from tests.apps.test_resume import assert_same, quick
+
+MakeConfig = Callable[..., RunConfig]
+KILLS = 30
+
+# One process imports everything and forks a child for each attempt: only so are 30 attempts affordable.
+_LOOP = """
+import json, os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)  # no threads that a fork would lose
+from experiments.engines import run_inprocess
+from fedmask.config import from_json
+from server.observer import Silent
+from server.resume import STATE
+from tests.apps.fakes import quick_app
+
+config, kills = from_json(sys.stdin.read()), int(sys.argv[1])
+folder = os.path.join(config.runs_dir, config.name)
+luck = random.Random(20)
+
+class Tells(Silent):
+    def __init__(self, pipe):
+        self.pipe = pipe
+    def on_reply(self, client):
+        os.write(self.pipe, b".")
+    def on_round_start(self, round, clients):
+        os.write(self.pipe, b".")
+    def on_round_end(self, row):
+        os.write(self.pipe, b".")
+
+def attempt(events, seconds):
+    existing = "resume" if os.path.exists(os.path.join(folder, STATE)) else "overwrite"
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(read)
+            told = Tells(write)
+            run_inprocess(config, told, existing=existing, client_evaluation=False, make_app=quick_app)
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(write)
+    seen = 0
+    while events is None or seen < events:
+        got = os.read(read, 1 if events is not None else 4096)
+        if not got:
+            break
+        seen += len(got)
+    if events is not None:
+        time.sleep(seconds)
+        try:
+            os.kill(child, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    _, status = os.waitpid(child, 0)
+    os.close(read)  # not before: the child's next word would end it otherwise
+    return os.WIFSIGNALED(status), status
+
+killed = 0
+while killed < kills:
+    # Joining takes one event a client and one more, a round as many and two: anywhere in or between rounds.
+    died, status = attempt(luck.randint(1, 14), luck.random() * 0.03)
+    if not died:
+        sys.exit(f"an attempt ended by itself: status {status}")
+    killed += 1
+died, status = attempt(None, 0)
+sys.exit(f"the last attempt failed: {status}" if died or status else 0)
+"""
+
+
+def test_killed_thirty_times_and_still_the_same(make_config: MakeConfig) -> None:
+    """kill -9 at random moments: the same vector, rounds and bytes; interrupted traffic kept as aborted."""
+    config = make_config(clients=(3, 1), rounds=60, eval_rows=2, server={"strategy": "fedadam"})
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", _LOOP, str(KILLS)],
+        input=config.model_dump_json(),
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = Path(config.runs_dir) / config.name
+    whole = quick_without_evaluation(config.model_copy(update={"name": "whole"}))
+    assert_same(folder, whole)
+    ledger = read_rows(folder, "ledger")
+    aborted = [row for row in ledger if row["status"] == "aborted"]
+    record = json.loads((folder / "config.json").read_text())
+    assert record["resumed"] and all(0 <= one["after_round"] <= 60 for one in record["resumed"])
+    assert {row["kind"] for row in aborted} <= {"train"}
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def quick_without_evaluation(config: RunConfig) -> Path:
+    from experiments.engines import run_inprocess
+    from tests.apps.fakes import quick_app
+
+    return run_inprocess(config, client_evaluation=False, make_app=quick_app).folder  # type: ignore[arg-type]
+
+
+class AtRound(Silent):
+    """Does something as a round begins."""
+
+    def __init__(self, round: int, deed: Callable[[], None]) -> None:
+        self.round, self.deed = round, deed
+
+    def on_round_start(self, round: int, clients: tuple[int, ...]) -> None:
+        if round == self.round and clients:
+            self.deed()
+
+
+@contextmanager
+def file_size_limit() -> Iterator[Callable[[int], None]]:
+    """Gives a function that limits every file of this process to some bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_loses_no_round(make_config: MakeConfig) -> None:
+    """The device /dev/full, where the state of round 2 would be written: no space left."""
+    whole = quick(make_config(name="whole", rounds=3)).folder
+    config = make_config(rounds=3)
+    folder = Path(config.runs_dir) / config.name
+    deed = AtRound(2, lambda: (folder / (STATE + ".part")).symlink_to("/dev/full"))
+    with pytest.raises(FederationError, match=r"tiny: cannot be written \(No space left on device\)"):
+        quick(config, deed)
+    assert not (folder / (STATE + ".part")).is_symlink()
+    quick(config, existing="resume")
+    assert_same(folder, whole)
+    assert json.loads((folder / "config.json").read_text())["resumed"][0]["after_round"] == 1
+
+
+@pytest.mark.parametrize("name", ["rounds.jsonl", "ledger.jsonl"])
+def test_a_line_that_was_half_written_is_written_again(make_config: MakeConfig, name: str) -> None:
+    """A file that may not grow any further: half a line, the error, and a run that goes on."""
+    whole = quick(make_config(name="whole", rounds=3)).folder
+    config = make_config(rounds=3)
+    folder = Path(config.runs_dir) / config.name
+    with file_size_limit() as limit:
+
+        def short() -> None:
+            sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+            limit(sizes[name] + 40 if name == "rounds.jsonl" else max(sizes.values()) + 40)
+
+        with pytest.raises(FederationError, match=r"cannot be written \(File too large\)"):
+            quick(config, AtRound(2, short))
+    quick(config, existing="resume")
+    assert_same(folder, whole)
+
+
+def test_a_folder_without_write_permission_is_said_before_anything_runs(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    with pytest.raises(ConfigError, match=r"expected a folder that can be written, found no permission"):
+        RunFolder(make_config(runs_dir=str(file / "runs")))
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    config = make_config(runs_dir=str(closed / "runs"))
+    if os.geteuid():
+        with pytest.raises(ConfigError, match=r"no permission in .*closed"):
+            quick(config)
+    else:  # root may write anywhere but where the kernel itself says no
+        config = make_config(runs_dir="/proc/fedmask-runs")
+        with pytest.raises(FederationError, match=r"/proc/fedmask-runs/tiny: cannot be written \("):
+            quick(config)
+
+
+def test_a_folder_that_became_unwritable_is_said(make_config: MakeConfig) -> None:
+    """A file where the state's would be: the same line whatever the disk's reason."""
+    config = make_config(rounds=3)
+    folder = Path(config.runs_dir) / config.name
+    with pytest.raises(FederationError, match=r"cannot be written \(Is a directory\)"):
+        quick(config, AtRound(2, lambda: (folder / (STATE + ".part")).mkdir()))
