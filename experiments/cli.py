@@ -79,15 +79,9 @@ def run(
     clients_per_round: Annotated[
         int | None, typer.Option(help="Clients sampled per round (none: all).")
     ] = None,
-    over_select: Annotated[
-        float | None, typer.Option(help="Ask so many times --clients-per-round; the first replies count.")
-    ] = None,
-    min_replies: Annotated[
-        int | None, typer.Option(help="A round with fewer usable replies ends the run.")
-    ] = None,
-    round_deadline: Annotated[
-        float | None, typer.Option(help="Seconds until a round closes with the replies that came.")
-    ] = None,
+    over_select: Annotated[float | None, typer.Option(help="Ask so many times --clients-per-round.")] = None,
+    min_replies: Annotated[int | None, typer.Option(help="Fewer usable replies end the run.")] = None,
+    round_deadline: Annotated[float | None, typer.Option(help="Seconds until a round closes.")] = None,
     up: Annotated[
         str | None, typer.Option(help="How changes travel to the server: fp32, fp16, int8, int4+ef, ...")
     ] = None,
