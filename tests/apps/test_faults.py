@@ -276,7 +276,7 @@ def test_a_reply_that_comes_much_too_late_is_forgotten(make_config: MakeConfig) 
 
 
 def test_over_selection_closes_with_the_first_replies(make_config: MakeConfig) -> None:
-    """Five are asked for four; whoever comes first counts. In round 2 client 1 is slow, and late in round 3."""
+    """Five are asked for four, and the first count. Client 1 is slow in round 2, and late in round 3."""
     config = make_config(clients=(4, 1), rounds=4, server={"clients_per_round": 4, "over_select": 1.25})
     result = run_on(SlowGrid(config, lambda round: round > ROUND))
     rows = read_rows(result.folder, "rounds")
