@@ -56,9 +56,7 @@ def run(
     partition: Annotated[
         str | None, typer.Option(help="dirichlet, pathological, shard, quantity, iid or natural.")
     ] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="Dirichlet concentration: small is more skewed.")
-    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Dirichlet concentration: small is skewed.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of LoRA's factors.")] = None,
     lr: Annotated[
         float | None,

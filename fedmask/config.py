@@ -290,10 +290,7 @@ class RunConfig(_Settings):
                 f"server.clients_per_round: expected at most {self.clients} clients, found {sampled}"
             )
         if self.server.over_select > 1 and self.server.clients_per_round is None:
-            raise ConfigError(
-                "server.over_select: expected server.clients_per_round with it, found none; without, all"
-                " clients are asked"
-            )
+            raise ConfigError("server.over_select: expected server.clients_per_round with it, found none")
         if self.server.min_replies > sampled:
             raise ConfigError(
                 f"server.min_replies: expected at most the {sampled} clients of a round,"
