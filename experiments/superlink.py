@@ -35,6 +35,7 @@ _DIRECT = "direct"
 _BOX = "│╭╮╰╯─ "  # what flwr draws around its errors
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _SETTLE_SECONDS = 60.0
+_SURE = 5  # so often a run is said to be going on before that is believed
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,17 @@ def run_superlink(
         settings.write_text(run_config_toml(config, resume), encoding="utf-8")
         where, home = _connect(connection, certificates, Path(scratch))
         command = ["run", str(folder), *where, "--stream", "--run-config", str(settings), *options]
-        return _end_of(*_follow(command, show, home), where, home)
+        return _end_of(*_follow(command, show, home), where, home, show)
 
 
-def _end_of(code: int, lines: list[str], where: Sequence[str], home: dict[str, str]) -> RemoteRun:
-    """How a run that was followed to the end of its log really ended."""
+def _end_of(
+    code: int,
+    lines: list[str],
+    where: Sequence[str],
+    home: dict[str, str],
+    show: Callable[[str], None] | None,
+) -> RemoteRun:
+    """How a run really ended, that was followed to the end of its log."""
     text = "\n".join(lines)
     started = _STARTED.search(text)
     if started is None:
@@ -92,6 +99,10 @@ def _end_of(code: int, lines: list[str], where: Sequence[str], home: dict[str, s
         raise FederationError(f"the SuperLink took no run: {_last(lines) or f'flwr run ended with {code}'}")
     run_id = started.group(1)
     status, traffic = _final_status(run_id, where, home)
+    while status and not status.startswith(("finished:", "unknown")):  # the SuperLink was started again
+        lines = _follow(["log", run_id, *where], show, home, len(lines))[1]
+        text += "\n" + "\n".join(lines)
+        status, traffic = _final_status(run_id, where, home)
     if status != "finished:completed":
         errors = _ERROR.findall(text)
         why = ": ".join(errors[-1]) if errors else "its log says why (flwr log " + run_id + ")"
@@ -138,8 +149,9 @@ def run_config_toml(config: RunConfig, resume: bool = False) -> str:
 
 
 def _follow(
-    arguments: Sequence[str], show: Callable[[str], None] | None, home: dict[str, str]
+    arguments: Sequence[str], show: Callable[[str], None] | None, home: dict[str, str], shown: int = 0
 ) -> tuple[int, list[str]]:
+    """Exit code and lines of a ``flwr`` command; all but the first ``shown`` ones are shown."""
     lines: list[str] = []
     with subprocess.Popen(
         [*_FLWR, *arguments],
@@ -157,7 +169,7 @@ def _follow(
                 lines.append(plain)
                 if plain.startswith(tuple("│╭╰")):  # told again, in one line, when the command ends
                     continue
-                if show is not None and plain:
+                if show is not None and plain and len(lines) > shown:
                     show(plain)
         except BaseException:
             process.terminate()
@@ -168,9 +180,9 @@ def _follow(
 def _final_status(run_id: str, where: Sequence[str], home: dict[str, str]) -> tuple[str, dict[str, int]]:
     """``finished:...`` as the SuperLink says it, and its traffic counters.
 
-    The log's stream can end a little earlier.
+    The log's stream can end a little earlier, and the SuperLink may be on its way back.
     """
-    deadline = time.monotonic() + _SETTLE_SECONDS
+    deadline, running = time.monotonic() + _SETTLE_SECONDS, 0
     while True:
         asked = subprocess.run(
             [*_FLWR, "ls", *where, "--run-id", run_id, "--format", "json"],
@@ -182,6 +194,9 @@ def _final_status(run_id: str, where: Sequence[str], home: dict[str, str]) -> tu
         )
         status, traffic = _listed(asked.stdout)
         if status.startswith("finished:"):
+            return status, traffic
+        running += bool(status)
+        if running > _SURE:
             return status, traffic
         if time.monotonic() > deadline:
             said = status or f"unknown ({_last(asked.stderr.splitlines()) or 'no answer'})"

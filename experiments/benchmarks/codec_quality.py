@@ -51,8 +51,13 @@ def prepared(task: str, data: Path | None, out: Path) -> dict[str, Path]:
         name="codec-quality",
         narrow="one learning rate for all settings: only the codec may differ",
         tasks=(
-            {"name": task, **TASKS[task], "clients": CLIENTS, "train_rows": TRAIN_ROWS,
-             "validation_rows": 200},
+            {
+                "name": task,
+                **TASKS[task],
+                "clients": CLIENTS,
+                "train_rows": TRAIN_ROWS,
+                "validation_rows": 200,
+            },
         ),  # type: ignore[arg-type]
         variants=({"name": "codecs", "method": "pafi", "lr": (0.005,)},),  # type: ignore[arg-type]
     )
