@@ -16,7 +16,7 @@ ARG EXTRAS=demo
 # The dependencies before the code, so that a change of code does not install them again. Their bytecode is
 # written here: the file system is read-only later, and each message to a client starts a process.
 WORKDIR /src
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY constraints.txt pyproject.toml LICENSE ./
 # torch by itself, and what it needs with all the rest: its index is asked for nothing else.
 RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; export PIP_NO_CACHE_DIR=1 PIP_PYTHON=/venv/bin/python; \
     torch=$(sed -n 's/^torch==.*/&/p' constraints.txt) && python -m venv --without-pip /venv && \
@@ -25,7 +25,7 @@ RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; export PIP_NO_CACHE_DIR=1 PI
     cd /venv/lib/python3*/site-packages && rm -rf torch/include torch/test torch/share torch/bin/protoc*
 # uv is Flower's installer of packages at run time, which nothing here may do.
 RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; export PIP_NO_CACHE_DIR=1 PIP_PYTHON=/venv/bin/python; \
-    for package in fedmask clients server experiments; do mkdir $package && touch $package/__init__.py; done && \
+    for package in fedmask clients server experiments; do mkdir $package && touch $package/__init__.py; done && touch README.md && \
     pip install -c constraints.txt ".[$EXTRAS]" && pip uninstall -y fedmask && rm -rf /src/* && \
     rm -f /venv/bin/uv /venv/bin/uvx && cd /venv/lib/python3*/site-packages && \
     find . -type d \( -name tests -o -name test \) ! -path './torch/*' ! -path './numba/*' -prune -exec rm -rf {} + && \
