@@ -17,8 +17,8 @@ def accounts(run: Run) -> dict[str, Any]:
     ``formula`` compares, by direction, what was measured with ``fedmask.costs``' figure for this run: payload
     of masks and training, without what only an interruption cost. ``bits_per_backbone_parameter``: mean
     payload of a client and round, by direction. ``ways``: see ``experiments.results.comparisons``, each with
-    its ``index_share`` (of the whole run) and its total in released index formats. ``wire``: SuperLink's own
-    counters, or None.
+    its ``index_share`` (of the whole run) and its total in released index formats.
+    ``wire_bytes``: SuperLink's own counters, from and to the SuperNodes, or None.
     """
     return {
         "totals": {
@@ -38,7 +38,7 @@ def accounts(run: Run) -> dict[str, Any]:
             way: 8 * _mean_payload(run, way) / run.facts["backbone_size"] for way in ("up", "down")
         },
         "ways": _ways(run),
-        "wire": run.wire,
+        "wire_bytes": {"up": run.wire["inbound"], "down": run.wire["outbound"]} if run.wire else None,
     }
 
 

@@ -85,11 +85,11 @@ def show_ledger(folder: Path, by: str | None, *, as_json: bool) -> None:
         WAY_COLUMNS,
         [way_cells(row) for row in found["ways"]],
     )
-    wire = found["wire"]
+    wire = found["wire_bytes"]
     if wire is None:
-        print("SuperLink's own counters: none (another engine, or another machine).")
+        print("Wire, by SuperLink's own counters: unknown (another engine, or another machine).")
     else:
-        print(f"SuperLink's own counters: {wire['inbound']:,} bytes in, {wire['outbound']:,} bytes out.")
+        print(f"Wire, by SuperLink's own counters: {wire['up']:,} bytes up, {wire['down']:,} bytes down.")
 
 
 MOST_ROWS = 20  # of rounds or clients on a screen; --json has them all

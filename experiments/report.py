@@ -49,7 +49,7 @@ def render(run: Run) -> str:
         bits=said["bits_per_backbone_parameter"],
         formula=said["formula"],
         ways=said["ways"],
-        wire=said["wire"],
+        wire=said["wire_bytes"],
         overlap=run.summary.get("overlap"),
         evaluation=run.ledger.total(kind="evaluate"),
         lost=_lost(run),

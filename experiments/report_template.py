@@ -41,7 +41,7 @@ brings a client its mask; a reply that never came is in the formula alone):
 | {{ row.direction }} | {{ "-" if row.formula is none else size(row.formula) }} | {{ size(row.payload) }} | {{ size(row.message) }} |
 {% endfor %}
 {% if wire -%}
-SuperLink's own counters of this run: {{ size(wire.inbound) }} from the SuperNodes, {{ size(wire.outbound) }} to them.
+SuperLink's own counters of this run: {{ size(wire.up) }} from the SuperNodes, {{ size(wire.down) }} to them.
 
 {% endif -%}
 Against other ways of fine-tuning with the same clients, rounds and heads (payload; means per client and
