@@ -31,12 +31,14 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
 
-from experiments.engines import RemoteRun, run_inprocess, run_superlink
+from experiments.engines import RemoteRun, run_superlink
+from experiments.inprocess import InProcessGrid
 from experiments.runs import read_run
 from fedmask.config import RunConfig, from_dict
 from fedmask.errors import ConfigError, FederationError
 from fedmask.flower import ensure_identity, reply_content
 from fedmask.ledger import Ledger
+from tests.apps.grids import run_on
 from tests.end_to_end.proxy import CountingProxy, Wire
 from tests.support import save_two_tasks
 
@@ -271,7 +273,9 @@ def test_a_superlink_gives_the_same_bits_and_bytes_and_tells_the_truth(
     assert any("round 1 of 1, 2 of 2 replies" in line for line in log)
     record = json.loads((remote.folder / "config.json").read_text())
     assert record["precision"]["asked"] == "auto"
-    here = run_inprocess(from_dict(record["config"] | {"name": "here"}))
+    # By the same server, which offers a SuperLink's nodes a seat, to a grid in this process.
+    with InProcessGrid(from_dict(record["config"] | {"name": "here"})) as grid:
+        here = run_on(grid, engine="superlink", client_evaluation=True)
     assert remote.summary is not None
     assert remote.summary["vector_sha256"] == here.summary["vector_sha256"]
     check_bytes(remote, Ledger.read_jsonl(here.folder / "ledger.jsonl"), wire)
