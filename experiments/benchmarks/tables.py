@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md and docs/scale.md, made from the published results.
+"""The tables of docs/performance.md, docs/scale.md and docs/bytes.md, made from the published results.
 
 ``python -m experiments.benchmarks.tables`` writes them anew between the pages' ``<!-- name -->`` and
 ``<!-- end -->`` marks, from ``experiments/results/benchmarks/name.json``.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PAGES = tuple(ROOT / "docs" / name for name in ("performance.md", "scale.md"))
+PAGES = tuple(ROOT / "docs" / name for name in ("performance.md", "scale.md", "bytes.md"))
 RESULTS = ROOT / "experiments" / "results" / "benchmarks"
 _MB = 2**20
 _BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.S)
@@ -147,9 +147,34 @@ def quality(found: dict[str, Any]) -> str:
     return _table(("task", "test rows", "seeds", "float32", "bfloat16", "difference, 95 %"), rows)
 
 
+def codecs(found: dict[str, Any]) -> str:
+    """Values, random masks and real masks as bytes."""
+    values = [
+        [row["codec"], f"{row['bytes_per_entry']:.4f}", f"{row['encode_megabytes_per_second']:,.0f}",
+         f"{row['decode_megabytes_per_second']:,.0f}"]
+        for row in found["values"]
+    ]  # fmt: skip
+    indices = [
+        [f"{row['density']:.2%}", f"{row['size']:,}", f"{row['bits_per_index']:.3f}",
+         f"{row['ratio_to_bound']:.4f}",
+         f"{row['encode_indices_per_second'] / 1e6:,.0f}", f"{row['decode_indices_per_second'] / 1e6:,.0f}"]
+        for row in found["indices"]
+    ]  # fmt: skip
+    keys = [key + end for key in ("bits_per_index", "ratio_to_bound") for end in ("", "_by_tensor")]
+    masks = [[row["mask"], f"{row['k']:,}", *(f"{row[key]:.3f}" for key in keys)] for row in found["masks"]]
+    speeds = ("million a second in", "out")
+    return "\n".join(
+        (
+            _table(("codec of values", "bytes an entry", "MB of fp32 a second in", "out"), values),
+            _table(("density", "entries", "bits an index", "to the bound", *speeds), indices),
+            _table(("mask", "k", "bits an index", "by tensor", "to the flat bound", "by tensor"), masks),
+        )
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     one.__name__: one
-    for one in (step, precision, memory, overhead, masking, latency, scale, aggregation, quality)
+    for one in (step, precision, memory, overhead, masking, latency, scale, aggregation, quality, codecs)
 }
 SOURCES = {"aggregation": "scale"}  # tables that are not from a result of their own name
 
