@@ -89,6 +89,8 @@ def run(
     budget_bytes: Annotated[
         int | None, typer.Option(help="Bytes a client and round: chooses up, down, if need be density.")
     ] = None,
+    mask_schedule: Annotated[str | None, typer.Option(help="fixed, rotate or anneal: a moving mask.")] = None,
+    placement: Annotated[str | None, typer.Option(help="Whose rows choose: client, agreed, server.")] = None,
     mask_transport: Annotated[str | None, typer.Option(help="recipe (under 256 bytes) or packed.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16 or auto (measured before round 1): the frozen backbone's.")

@@ -25,6 +25,8 @@ KEYS = {
     "density": "density",
     "eligible": "eligible",
     "per_tensor": "per_tensor",
+    "mask_schedule": "mask_schedule",
+    "placement": "placement",
     "mask_transport": "mask_transport",
     "up": "up",
     "down": "down",

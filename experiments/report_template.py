@@ -57,8 +57,10 @@ this run's schedule: the same k and the same codecs of values, indices at the be
 whenever a mask is new to its reader. *Indices* is their share of the whole run, not of one round; the last two
 columns have the whole run with indices in released formats: two int32 an entry (PEFT's SHiRA), and torch's sparse
 COO format, two int64 (FL4Health). {% if overlap -%}
+{% if overlap.batches -%}
 A mask per client: its k entries of largest mean gradient over
-{{ overlap.batches }} of its own batches. The masks of the {{ overlap.clients }} clients hold
+{{ overlap.batches }} of its own batches. The masks{% else -%}
+Each client had a mask of its own ({{ overlap.rule }}). The masks{% endif %} of the {{ overlap.clients }} clients hold
 {{ "{:,}".format(overlap.union) }} different entries ({{ "%.2f" | format(overlap.union / overlap.k) }} x k;
 mean Jaccard index {{ score(overlap.mean_jaccard) }}).
 {%- else -%}

@@ -64,7 +64,12 @@ _ALL = (
     Method("adapter", "bottleneck adapters after the feed-forward part", "arXiv 1902.00751", dense="adapter"),
     Method("head", "the task head alone", "linear probing"),
 )
-_SPECIFIC = (Method("gradient", "a mask of largest gradients", "SIFT, arXiv 2312.11875", "gradient"),)
+_SPECIFIC = (
+    Method("fish", "a mask of largest Fisher information", "FISH, arXiv 2111.09839", "fish"),
+    Method("gradient", "a mask of largest gradients", "SIFT, arXiv 2312.11875", "gradient"),
+    Method("lt-sft", "a mask of what full fine-tuning moves most", "LT-SFT, arXiv 2110.07560", "lt-sft"),
+    Method("diff-pruning", "a mask learned by gates", "diff pruning, arXiv 2012.07463", "diff-pruning"),
+)
 METHODS: dict[str, Method] = {method.name: method for method in (*_ALL, *_SPECIFIC)}
 TASK_SPECIFIC = frozenset(method.name for method in _SPECIFIC)
 """Methods whose mask comes from labelled rows: it has to be found, agreed on and sent (``placement``)."""

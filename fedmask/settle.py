@@ -12,9 +12,12 @@ import time
 import numpy as np
 import torch
 
+from fedmask.masks import Mask
+from fedmask.masks.random import draw
 from fedmask.precision import PRECISIONS
 from fedmask.tasks import Tokenized, batches
 from fedmask.training import Stream, batch_loss, tuned
+from fedmask.views import View
 from fedmask.workspace import Workspace
 
 _ROWS = 8
@@ -65,7 +68,8 @@ def _batch(workspace: Workspace) -> tuple[Tokenized, np.ndarray]:
 def _step(workspace: Workspace, data: Tokenized, rows: np.ndarray) -> float:
     """Seconds of one forward and backward pass of the method in the workspace's precision."""
     config, task = workspace.config, workspace.task_of(0)
-    model, size = workspace.model(task), workspace.layout(task).size
+    view = _some_view(workspace)
+    model, size = workspace.model(task, view), workspace.layout(task, view).size
     with tuned(model, np.zeros(size, np.float32), Stream(config.seed, -1, -1)):
         model.train()
         with torch.random.fork_rng(devices=[]):
@@ -75,3 +79,11 @@ def _step(workspace: Workspace, data: Tokenized, rows: np.ndarray) -> float:
         model.eval()
     model.zero_grad()
     return taken
+
+
+def _some_view(workspace: Workspace) -> View | None:
+    """A mask of the run's size where the run's own is not known yet, or is another one in each round."""
+    rule, space = workspace.rule, workspace.space
+    if rule is None or not (workspace.config.has_views or workspace.mask is None):
+        return None
+    return View(Mask(draw(space, workspace.k, 0), space, rule), np.empty(0, np.int64))

@@ -230,7 +230,7 @@ def _finish(
     with writing(folder.path):
         folder.write_summary(summary)  # complete; what follows needs much memory and only adds to it
     try:
-        unions, overlap = measured_unions(workspace, schedule)
+        unions, overlap = measured_unions(workspace, schedule, state.holders.masks)
         summary |= {"overlap": overlap, "costs": costs(workspace, schedule, unions)}
     except Exception as error:
         summary["notes"].append(

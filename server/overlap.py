@@ -6,7 +6,7 @@ read the task's whole source (simulations); it takes no part in the run and is c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -19,17 +19,21 @@ MOST_CLIENTS = 32  # gradients of more would take longer than a small run itself
 
 
 def measured_unions(
-    workspace: Workspace, schedule: Sequence[Sequence[int]]
+    workspace: Workspace, schedule: Sequence[Sequence[int]], own: Mapping[int, np.ndarray] | None = None
 ) -> tuple[list[int] | None, dict[str, Any]]:
     """(size of the union that each round's clients would receive, figures for ``summary.json``).
 
-    Each client's mask: the k entries of largest mean gradient over ``overlap_batches`` of its batches.
+    ``own``: int64 by client, the masks that the run's clients had of their own. Without them each client's
+    mask is the k entries of largest mean gradient over ``overlap_batches`` of its batches.
     (None, {}) for a method without a mask, with ``overlap_batches`` 0, and for more clients than
     ``MOST_CLIENTS``, and where clients have rows of their own.
     """
     config = workspace.config
     clients = sorted({client for sampled in schedule for client in sampled})
     mask = workspace.mask
+    if own and len(clients) <= MOST_CLIENTS:
+        unions = list(union_sizes(own, schedule)) if own.keys() >= set(clients) else None
+        return unions, _figures(own, workspace.no_mask.rule.name, 0, workspace.k)
     if mask is None or not config.overlap_batches or not 0 < len(clients) <= MOST_CLIENTS:
         return None, {}
     if any(workspace.is_own(client) for client in clients):
@@ -38,13 +42,17 @@ def measured_unions(
     masks = {
         client: workspace.scores("gradient", client, settings).mask(mask.rule).indices for client in clients
     }
-    everyone = np.unique(np.concatenate(list(masks.values())))
-    return list(union_sizes(masks, schedule)), {
-        "rule": "gradient",
-        "batches": config.overlap_batches,
-        "clients": len(clients),
-        "k": mask.k,
-        "union": int(everyone.size),
+    figures = _figures(masks, "gradient", config.overlap_batches, mask.k)
+    return list(union_sizes(masks, schedule)), figures
+
+
+def _figures(masks: Mapping[int, np.ndarray], rule: str, batches: int, k: int) -> dict[str, Any]:
+    return {
+        "rule": rule,
+        "batches": batches,
+        "clients": len(masks),
+        "k": k,
+        "union": int(np.unique(np.concatenate(list(masks.values()))).size),
         "mean_jaccard": _mean_jaccard(list(masks.values())),
     }
 

