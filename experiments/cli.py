@@ -74,9 +74,7 @@ def run(
     option: Annotated[
         list[str] | None, typer.Option(help="Setting of the strategy as key=value. Repeatable.")
     ] = None,
-    clients_per_round: Annotated[
-        int | None, typer.Option(help="Clients sampled per round (none: all).")
-    ] = None,
+    clients_per_round: Annotated[int | None, typer.Option(help="Clients a round (none: all).")] = None,
     over_select: Annotated[float | None, typer.Option(help="Ask so many times --clients-per-round.")] = None,
     min_replies: Annotated[int | None, typer.Option(help="Fewer usable replies end the run.")] = None,
     round_deadline: Annotated[float | None, typer.Option(help="Seconds until a round closes.")] = None,
@@ -96,12 +94,10 @@ def run(
         str | None, typer.Option(help="fp32, bf16 or auto (measured before round 1): the frozen backbone's.")
     ] = None,
     eval_rows: Annotated[
-        int | None, typer.Option(help="At most so many dev rows per round, shared equally by the tasks.")
+        int | None, typer.Option(help="At most so many dev rows a round, of all tasks.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads per client; part of the result's last bits.")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads a client; part of the last bits.")] = None,
     workers: Annotated[int | None, typer.Option(help="Clients that train at the same time.")] = None,
     engine: Annotated[str, typer.Option(help="inprocess, ray or superlink.")] = "inprocess",
     backend: Annotated[
@@ -293,9 +289,7 @@ def estimate(
         str | None,
         typer.Option(help="Labels of the task (a regression: 1), or tweets=3,bbc=5 (none: read the rows)."),
     ] = None,
-    clients_per_round: Annotated[
-        int | None, typer.Option(help="Clients sampled per round (none: all).")
-    ] = None,
+    clients_per_round: Annotated[int | None, typer.Option(help="Clients a round (none: all).")] = None,
     rounds: Annotated[int | None, typer.Option(help="Number of rounds.")] = None,
     up: Annotated[str | None, typer.Option(help="How changes travel to the server, as for run.")] = None,
     down: Annotated[str | None, typer.Option(help="How values travel to the clients, as for run.")] = None,
