@@ -3,7 +3,7 @@
 One task at a time, dealt to 8 clients with label skew 0.5, all of which train in every round; the default
 method. Each setting of ``--up`` and ``--down`` is compared with fp32 both ways at the same seed, rounds, rows
 and learning rates: the mean of the paired differences over the seeds, with its 95 % interval (Student's t).
-All rows of the reported file are scored once, at the end.
+All rows of the reported file are scored once, at the end. The table gives points and their 95 % interval.
 
 A run that is there is not done again: one JSON file each, below ``--out``. ``--write FILE`` gathers them.
 """
@@ -160,8 +160,8 @@ def table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def show(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| task (rows) | up | down | bytes a value up, down | accuracy, % | against fp32, points (95 %) |",
-        "|---|---|---|---|---|---|",
+        "| task (rows) | up | down | bytes a value up, down | seeds | accuracy, % | against fp32, points |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         half = f" ± {row['half_width']:.2f}" if row["half_width"] is not None else ""
@@ -169,7 +169,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['task']} ({row['rows']:,}) | `{row['up']}` | `{row['down']}` |"
             f" {row['up_bytes_per_value']:.3f}, {row['down_bytes_per_value']:.3f} |"
-            f" {row['accuracy']:.2f} | {against} |"
+            f" {row['seeds']} | {row['accuracy']:.2f} | {against} |"
         )
     return "\n".join(lines)
 
