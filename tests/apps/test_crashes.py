@@ -13,12 +13,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+from experiments.engines import run_inprocess
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError, FederationError
 from server.observer import Silent
 from server.record import RunFolder
 from server.resume import STATE
+from tests.apps.fakes import quick_app
 from tests.apps.grids import read_rows
 from tests.apps.test_resume import assert_same, quick
 
@@ -131,10 +134,13 @@ def test_killed_thirty_times_and_still_the_same(make_config: MakeConfig) -> None
 
 
 def quick_without_evaluation(config: RunConfig) -> Path:
-    from experiments.engines import run_inprocess
-    from tests.apps.fakes import quick_app
-
-    return run_inprocess(config, client_evaluation=False, make_app=quick_app).folder  # type: ignore[arg-type]
+    """The same run with nothing happening to it; scored with one thread, as the killed one is."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        return run_inprocess(config, client_evaluation=False, make_app=quick_app).folder  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(threads)
 
 
 class AtRound(Silent):
