@@ -44,7 +44,7 @@ def test_nothing_of_the_models_size_is_made() -> None:
     change = no_change()
     tracemalloc.start()
     for _ in range(5):
-        indices = np.unique(rng.integers(0, far, 2000))
+        indices = np.unique(rng.integers(0, far, 20_000))
         change = put(change, indices, rng.standard_normal(indices.size).astype(np.float32))
     assert take(change, union(change.indices, indices)).size == change.size
     peak = tracemalloc.get_traced_memory()[1]
