@@ -26,7 +26,7 @@ from fedmask.workspace import Workspace, get_workspace
 from server.record import write_json
 
 MOST_CLIENTS = 64
-_ORDERS = 50
+ORDERS = 50
 VALUE_BYTES = 4
 
 
@@ -86,9 +86,9 @@ def _mean(values: Sequence[float]) -> float | None:
 def _growth(indices: Sequence[np.ndarray], shared: Mask, seed: int) -> list[dict[str, Any]]:
     """One row a number of clients: the union's size, and what a client receives because of it."""
     k, eligible, count = shared.k, shared.space.eligible_size, len(indices)
-    sizes = np.zeros((_ORDERS, count))
+    sizes = np.zeros((ORDERS, count))
     rng = rng_for(seed, -1, -1, "overlap-orders")
-    for number in range(_ORDERS):
+    for number in range(ORDERS):
         known = np.empty(0, np.int64)
         for place, client in enumerate(rng.permutation(count)):
             known = np.union1d(known, indices[client])

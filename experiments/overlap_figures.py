@@ -41,7 +41,7 @@ def _growth(facts: Mapping[str, Any], figure: Figure) -> None:
     clients = [row["clients"] for row in rows]
     axes.fill_between(
         clients, [row["least"] / k for row in rows], [row["most"] / k for row in rows], color=COLOURS[0],
-        alpha=0.2, linewidth=0, label="all orders of the clients",
+        alpha=0.2, linewidth=0, label=f"least to most of {ORDERS} random orders",
     )  # fmt: skip
     axes.plot(clients, [row["times_k"] for row in rows], color=COLOURS[0], marker="o", markersize=4,
               label=f"masks by {facts['rule']}, measured")  # fmt: skip
