@@ -56,7 +56,8 @@ def trained_values(workspace: Workspace) -> int:
     """Values that an optimizer moves, heads outside. More than are sent where adapters are folded."""
     parts = tuning_of(workspace.model(workspace.tasks[0], _unmasked(workspace))).trainables
     beside = [p for p in parts if not p.segment.startswith(HEAD_PREFIX) and p.segment not in _MASKED]
-    return sum(part.values.numel() for part in beside) + mask_values(workspace)
+    # Full fine-tuning's values are let go between rounds, so what is sent is the least that was trained.
+    return max(sum(part.values.numel() for part in beside) + mask_values(workspace), sent_values(workspace))
 
 
 def _unmasked(workspace: Workspace) -> View | None:

@@ -191,6 +191,7 @@ def _mean_curve(runs: Sequence[Result]) -> list[Point]:
 
 def _numbers(runs: Sequence[Result]) -> dict[str, float]:
     out = {key: float(runs[0][key]) for key in ("trained_values", "sent_values", "stored_bytes")}
+    out["trained_values"] = max(out["trained_values"], out["sent_values"])  # what is sent was trained
     out["head_values"] = fmean(runs[0]["head_values"].values())
     for key in runs[0]["bytes"]:
         out[key] = fmean(run["bytes"][key] for run in runs)
