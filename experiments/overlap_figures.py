@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.figures import COLOURS, OTHER, STYLE
+from experiments.overlap import ORDERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
