@@ -19,7 +19,7 @@ from rich.table import Table
 
 MOST_OTHERS = 0.02  # of one core's time: a call during which other processes had more is disturbed
 CLOCK = 0.02  # two ticks of the system's clock, which counts what processes had
-TRIES = 4
+TRIES = 3
 
 
 @dataclass(frozen=True)
