@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--engine-repeats", type=int, default=2, help="counted rounds on Ray")
+    parser.add_argument("--engine-repeats", type=int, default=5, help="counted rounds on Ray")
     parser.add_argument("--without-ray", action="store_true")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
