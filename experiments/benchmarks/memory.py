@@ -9,6 +9,7 @@ references.
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
@@ -77,6 +78,8 @@ def measure(shape: str, methods: list[str], rows: int, tokens: int, density: flo
                 "beside_bytes": contender.extra_bytes,
             }
         )
+        del own, contender
+        gc.collect()  # models and their patches hold each other
     for row in found:
         row["peak_above_floor"] = row["peak_bytes"] - found[0]["peak_bytes"]
         row["kept_above_floor"] = row["kept_bytes"] - found[0]["kept_bytes"]
