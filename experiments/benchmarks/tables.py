@@ -172,9 +172,56 @@ def codecs(found: dict[str, Any]) -> str:
     )
 
 
+def goals(found: dict[str, Any]) -> str:
+    """What was aimed at before anything was measured, and what came out; ``found``: all results by name."""
+    steps = {(row["model"], row["method"]): row["ratio_to_floor"] for row in found["step"]["steps"]}
+    faster = {row["way"]: row["times_faster"] for row in found["precision"]["steps"]}
+    best = max((way for way in faster if way.startswith("fedmask")), key=faster.__getitem__)
+    amx = "" if found["precision"]["machine"]["amx"] else "; this machine has no AMX"
+    entry = [row["state_bytes_per_trained_entry"] for row in found["memory"]["memory"]
+             if row["method"] == "fedmask"]  # fmt: skip
+    merged = [row["ratio_to_original"] for row in found["latency"]["latency"] if row["variant"] == "merged"]
+    rows = []
+    for model in dict.fromkeys(model for model, _ in steps):
+        ours, lora = steps[model, "fedmask"], steps[model, "lora"]
+        rows += [
+            [f"a step to the frozen floor, {model}", "at most 1.10", f"{ours:.2f}", _met(ours <= 1.10)],
+            [f"below LoRA, {model}", f"below {lora:.2f}", f"{ours:.2f}", _met(ours < lora)],
+        ]
+    fp32 = faster["fedmask, fp32, ours"]
+    rows += [
+        ["times faster than dense gradient and mask, both float32", "at least 1.25", f"{fp32:.2f}",
+         _met(fp32 >= 1.25)],
+        ["the same in our best precision", "at least 3 with AMX",
+         f"{faster[best]:.2f} ({best.split(', ')[1]}{amx})", _met(faster[best] >= 3) if not amx else "-"],
+        ["bytes of state a trained entry", "at most 16", f"{max(entry):.0f}", _met(max(entry) <= 16)],
+    ]  # fmt: skip
+    if "overhead" in found:
+        ratio = found["overhead"]["ratios"]["inprocess"]
+        rows.append(["a round through Flower to its bare steps", "at most 1.03", f"{ratio:.3f}",
+                     _met(ratio <= 1.03)])  # fmt: skip
+    if "scale" in found:
+        share = found["scale"]["aggregation"]["share_of_copy"]
+        most = max(row["clients"] for row in found["scale"]["clients"])
+        rows += [
+            ["the mean's share of the memory bandwidth", "at least 0.5", f"{share:.2f}", _met(share >= 0.5)],
+            ["clients on one machine of 2 cores", "10,000", f"{most:,}", _met(most >= 10_000)],
+        ]
+    rows.append(["a merged model's latency to the original's", "1.00 within noise",
+                 f"{min(merged):.2f} to {max(merged):.2f}", "-"])  # fmt: skip
+    return _table(("goal", "aimed at", "measured", ""), rows)
+
+
+def _met(met: bool) -> str:
+    return "reached" if met else "missed"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     one.__name__: one
-    for one in (step, precision, memory, overhead, masking, latency, scale, aggregation, quality, codecs)
+    for one in (
+        *(goals, step, precision, memory, overhead, masking, latency),
+        *(scale, aggregation, quality, codecs),
+    )
 }
 SOURCES = {"aggregation": "scale"}  # tables that are not from a result of their own name
 
@@ -184,6 +231,11 @@ def filled(text: str, results: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         name = match[2]
+        if name == "goals":
+            every = {
+                path.stem: json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*.json")
+            }
+            return f"{match[1]}{goals(every)}{match[3]}"
         found = json.loads((results / f"{SOURCES.get(name, name)}.json").read_text(encoding="utf-8"))
         return f"{match[1]}{TABLES[name](found)}{_note(found)}{match[3]}"
 
@@ -196,7 +248,9 @@ def _note(found: dict[str, Any]) -> str:
     shares = [row["others"] for rows in found.values() if isinstance(rows, list) for row in rows
               if isinstance(row, dict) and "others" in row]  # fmt: skip
     shares += [found["others"]] if "others" in found else []
-    busy = f"; other processes had at most {max(shares):.1%} of a core meanwhile" if shares else ""
+    busy = f"; load before the end {where['load']}" if "load" in where else ""
+    if shares:
+        busy = f"; other processes had at most {max(shares):.1%} of a core meanwhile"
     name = where.get("processor", "a machine")
     return f"\nMeasured on {name}, {where['cores']} cores, threads: {where['threads']}{busy}.\n"
 
