@@ -17,6 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Context, Mes
 from flwr.clientapp import ClientApp
 
 from clients import union
+from clients.heads import keep_own_head, with_own_head
 from clients.link import held_version, packed_change, received
 from clients.seat import claim_seat, seat_of
 from clients.specific import own_scores
@@ -133,8 +134,10 @@ def make_client_app(
             vector = _vector(workspace, context, partition, message.content, round - 1)
         except Behind as behind:
             return Message(behind_content(behind.held), reply_to=message)
-        update = workspace.local_update(partition, round, vector)
-        envelope = packed_change(workspace, context, partition, round, update.change)
+        start = with_own_head(workspace, context, partition, vector, round)
+        update = workspace.local_update(partition, round, start)
+        change = keep_own_head(context, round, start, update.change, vector.size)
+        envelope = packed_change(workspace, context, partition, round, change)
         metrics = {EXAMPLES: update.examples, **update.metrics}
         return Message(reply_content(envelope, metrics), reply_to=message)
 
@@ -148,6 +151,7 @@ def make_client_app(
                 found = union.scored(workspace, context, partition, message.content, version)
             else:
                 vector = _vector(workspace, context, partition, message.content, version)
+                vector = with_own_head(workspace, context, partition, vector, version + 1)
                 found = workspace.evaluate(task, vector, rows) if len(rows) else {}
         except Behind as behind:
             return Message(behind_content(behind.held), reply_to=message)

@@ -18,6 +18,7 @@ from fedmask.errors import ConfigError, unknown
 from fedmask.flower import ensure_identity
 from fedmask.layout import Layout
 from fedmask.shapes import Shapes, read_shapes, task_layout
+from fedmask.sharing import travelling
 from fedmask.tasks import assignments, load_task
 from server.rounds import sample_clients
 
@@ -80,7 +81,10 @@ def estimate(config: RunConfig, labels: Mapping[str, int], link: tuple[float, fl
     shapes = read_shapes(config)
     tasks = [task for task, _ in assignments(config)]
     layouts = {
-        task.name: task_layout(shapes, task.name, labels[task.name], config.head) for task in config.tasks
+        task.name: travelling(
+            task_layout(shapes, task.name, labels[task.name], config.head), config.server.sharing
+        )
+        for task in config.tasks
     }
     schedule = [sample_clients(config, range(config.clients), r) for r in range(1, config.rounds + 1)]
     before = joining(config, shapes)

@@ -19,6 +19,7 @@ from fedmask.config_errors import one_line as _one_line
 from fedmask.config_errors import short as _short
 from fedmask.errors import ConfigError, unknown
 from fedmask.methods import METHODS, TASK_SPECIFIC, check_federated, check_masks
+from fedmask.sharing import Sharing, check_sharing
 
 # Strict: a TOML string "8" or the value true is no number, and saying so beats guessing.
 Whole = Annotated[int, Field(strict=True)]
@@ -211,6 +212,7 @@ class ServerConfig(_Settings):
     clients_per_round: Whole | None = Field(default=None, ge=1)
     over_select: Real = Field(default=1.0, ge=1, le=10)
     task_weighting: Literal["equal", "examples"] = "equal"
+    sharing: Sharing = "all"
     min_replies: Whole = Field(default=1, ge=1)
     timeout: Real = Field(default=3600.0, gt=0)
 
@@ -280,6 +282,7 @@ class RunConfig(_Settings):
     def _parts_agree(self) -> RunConfig:
         check_federated(METHODS[self.method], self.adapter)
         check_masks(self)
+        check_sharing(self)
         names = [task.name for task in self.tasks]
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:

@@ -23,6 +23,7 @@ from fedmask.delta import Delta, read_delta
 from fedmask.errors import CheckpointError, ConfigError
 from fedmask.layout import HEAD_PREFIX, Layout
 from fedmask.models import MeanHead, OwnHead
+from fedmask.sharing import stored_names
 from fedmask.training import Stream, tuned
 from fedmask.tuner import Tuning, fold
 from fedmask.views import View, beside_size, up_layout
@@ -164,16 +165,26 @@ def open_run(run: Path) -> tuple[Workspace, Delta]:
 
 def vector_of(workspace: Workspace, task: str, delta: Delta) -> np.ndarray:
     """The final vector of ``task``'s clients, float32 ``[layout.size]``; CheckpointError if there is none."""
-    layout = _stored_layout(workspace, task, delta)
-    wanted = {segment.name: segment.size for segment in layout.segments}
-    others = {HEAD_PREFIX + other for other in workspace.tasks} - wanted.keys()
+    layout, sharing = _stored_layout(workspace, task, delta), workspace.config.server.sharing
+    if sharing == "local-heads":
+        raise ConfigError(
+            "this run's heads stayed with its clients (server.sharing 'local-heads'), so no model is whole; "
+            "fedmask.load_delta adds delta.safetensors to the backbone"
+        )
+    stored = stored_names(layout, task, sharing)
+    wanted = {stored[segment.name]: segment.size for segment in layout.segments}
+    others = {
+        name
+        for other in workspace.tasks
+        for name in (*stored_names(layout, other, sharing).values(), HEAD_PREFIX + other)
+    } - wanted.keys()
     found = {name: values.size for name, values in delta.segments.items() if name not in others}
     if found != wanted:
         raise CheckpointError(
             f"delta: expected segments of the sizes {wanted}, found {found}; "
             "the run folder is damaged or its config was changed"
         )
-    return np.concatenate([delta.segments[segment.name] for segment in layout.segments])
+    return np.concatenate([delta.segments[name] for name in wanted])
 
 
 def merged(workspace: Workspace, task: str, delta: Delta) -> MeanHead | OwnHead:

@@ -27,6 +27,7 @@ from fedmask.positions import Positions, UnionTerms
 from fedmask.precision import PRECISIONS, Precision, cast
 from fedmask.rng import rng_for
 from fedmask.run_masks import RunMasks
+from fedmask.sharing import travelling
 from fedmask.space import backbone_parameters
 from fedmask.stored import is_half
 from fedmask.tasks import TaskData, Tokenized, load_task, tokenize_rows
@@ -209,11 +210,11 @@ class Workspace(RunMasks):
 
     def down_terms(self, client: int, version: int) -> Terms:
         """What the values mean that the server sends ``client`` as version ``version``."""
-        return Terms(self.layout(self.task_of(client)), self.digest)
+        return Terms(travelling(self.layout(self.task_of(client)), self.config.server.sharing), self.digest)
 
     def up_terms(self, client: int, round: int) -> Terms:
         """What the values mean that ``client`` sends in round ``round``."""
-        return Terms(self.layout(self.task_of(client)), self.digest)
+        return self.down_terms(client, round)
 
     def stream_of(self, client: int) -> str:
         """Which of the server's vectors the client receives: clients of one stream get the same bytes."""

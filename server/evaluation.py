@@ -24,9 +24,12 @@ def central_scores(
 
     ``shared`` and each of ``heads``: float32, flat. ``rows``: at most that many in all, the same number for
     each task (None: every row). ``view``: what the model carries (``RunState.view``). Tasks without rows in
-    that split are left out. Runs with this process's own number of threads, not the clients': a loss may
-    differ in its last bits between machines, the trained vector does not.
+    that split are left out, and all of them where heads stay with the clients, who score them. Runs with this
+    process's own number of threads, not the clients': a loss may differ in its last bits between machines,
+    the trained vector does not.
     """
+    if workspace.config.server.sharing == "local-heads":
+        return {}
     most = None if rows is None else max(1, rows // len(workspace.tasks))
     out: Scores = {}
     for task in workspace.tasks:

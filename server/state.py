@@ -9,6 +9,7 @@ import numpy as np
 
 from fedmask.channel import Public, Terms, advance, change_way, down_way, start_public
 from fedmask.positions import ByHolders, Positions
+from fedmask.sharing import common_size, travelling
 from fedmask.views import View
 from fedmask.workspace import Workspace
 
@@ -17,11 +18,13 @@ from fedmask.workspace import Workspace
 class RunState:
     """All that the next round depends on, besides the strategy's own state (``ServerStrategy.state``).
 
-    ``shared`` float32 ``[s]``, ``heads`` float32 by task: changes from the reference, zeros at first. This is
-    the exact state: what is scored, averaged and exported. ``public``: by stream, what the clients can hold
-    of it, where changes are sent down (``fedmask.channel.public``). ``held``: by client, the version that it
-    confirmed last; 0, the pre-trained model, for those not named. ``holders``: clients' own masks, where they
-    have them; ``shared`` then, and with a mask that moves, begins with the values at the known positions.
+    ``shared`` float32 ``[s]``, ``heads`` float32 by task: changes from the reference, zeros at first. What
+    tasks do not share stands with the heads; heads that stay with the clients are empty
+    (``server.sharing``). This is the exact state: what is scored, averaged and exported. ``public``: by
+    stream, what the clients can hold of it, where changes are sent down (``fedmask.channel.public``).
+    ``held``: by client, the version that it confirmed last; 0, the pre-trained model, for those not named.
+    ``holders``: clients' own masks, where they have them; ``shared`` then, and with a mask that moves,
+    begins with the values at the known positions.
     """
 
     round: int
@@ -34,8 +37,9 @@ class RunState:
     @classmethod
     def start(cls, workspace: Workspace) -> RunState:
         """The state before round 1."""
-        layouts = {task: workspace.layout(task) for task in workspace.tasks}
-        shared = next(iter(layouts.values())).shared_size
+        sharing = workspace.config.server.sharing
+        layouts = {task: travelling(workspace.layout(task), sharing) for task in workspace.tasks}
+        shared = common_size(next(iter(layouts.values())), sharing)
         heads = {task: np.zeros(layout.size - shared, np.float32) for task, layout in layouts.items()}
         state = cls(0, np.zeros(shared, np.float32), heads)
         if down_way(workspace.config.down).change or workspace.config.has_views:

@@ -14,6 +14,7 @@ from fedmask.codecs import pack_indices
 from fedmask.costs import RunFacts, compare, lora_values, query_value_shapes
 from fedmask.delta import write_delta
 from fedmask.methods import TASK_SPECIFIC
+from fedmask.sharing import stored_names, travelling
 from fedmask.space import backbone_parameters
 from fedmask.tuner import tuning_of
 from fedmask.views import beside_size, union_mask, up_layout
@@ -26,17 +27,19 @@ def save_change(workspace: Workspace, state: RunState, path: Path) -> None:
     """``delta.safetensors``: the shared segments and every task's head, as changes from the reference."""
     segments: dict[str, np.ndarray] = {}
     names: dict[str, list[str]] = {}
-    view, mask = state.view(workspace), workspace.mask
+    view, mask, sharing = state.view(workspace), workspace.mask, workspace.config.server.sharing
     if view is not None:
         mask = union_mask(view.carried, workspace.space, workspace.no_mask.rule)
     for task in workspace.tasks:
-        vector, layout = np.concatenate([state.shared, state.heads[task]]), workspace.layout(task)
+        vector = np.concatenate([state.shared, state.heads[task]])
+        layout = travelling(workspace.layout(task), sharing)
         if mask is not None and view is not None:
             layout = up_layout(layout, mask.k)
-        segments |= {name: vector[where] for name, where in layout.slices().items()}
+        stored = stored_names(layout, task, sharing)
+        segments |= {stored[name]: vector[where] for name, where in layout.slices().items()}
         for trainable in tuning_of(workspace.model(task)).trainables:
             if trainable.size and hasattr(trainable, "names"):
-                names[trainable.segment] = list(trainable.names)
+                names[stored.get(trainable.segment, trainable.segment)] = list(trainable.names)
     write_delta(
         path,
         segments,
@@ -55,7 +58,8 @@ def costs(
     ``schedule``: the partitions asked in each round; ``unions``: see ``fedmask.costs.RunFacts``.
     """
     config, k = workspace.config, workspace.k
-    layouts = {task: workspace.layout(task) for task in workspace.tasks}
+    sharing = config.server.sharing
+    layouts = {task: travelling(workspace.layout(task), sharing) for task in workspace.tasks}
     heads = {task: layout.size - layout.shared_size for task, layout in layouts.items()}
     beside = beside_size(next(iter(layouts.values())))
     backbone = backbone_parameters(workspace.backbone.model)

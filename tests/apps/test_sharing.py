@@ -1,0 +1,111 @@
+"""What tasks share: everything but heads, less than that, or nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flwr.app import Context, RecordDict
+
+from clients.heads import keep_own_head, with_own_head
+from experiments.engines import run_inprocess
+from fedmask.config import RunConfig
+from fedmask.delta import read_delta
+from fedmask.errors import ConfigError
+from fedmask.export import export_run
+from fedmask.workspace import get_workspace
+from tests.apps.grids import read_rows
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def close(found: np.ndarray, wanted: np.ndarray) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
+    assert np.any(wanted)
+
+
+def sharing(kind: str, **more: Any) -> dict[str, Any]:
+    return {"sharing": kind, **more}
+
+
+def test_apart_each_task_trains_as_if_it_were_alone(make_config: MakeConfig, tmp_path: Path) -> None:
+    together = run_inprocess(make_config((2, 1), name="apart", server=sharing("by-task")))
+    alone = run_inprocess(make_config((2,), name="alone"))
+    close(together.state.heads["mood"], np.concatenate([alone.state.shared, alone.state.heads["mood"]]))
+    assert not together.state.shared.size
+    assert np.any(together.state.heads["topic"])
+    (mood, topic) = export_run(together.folder, tmp_path / "out")
+    segments = read_delta(together.folder / "delta.safetensors").segments
+    assert {"mask/mood", "mask/topic", "bias/mood", "bias/topic", "head/mood"} <= set(segments)
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (mood, topic)]
+    assert weights[0] != weights[1]
+
+
+def test_a_head_s_only_client_may_as_well_keep_it(make_config: MakeConfig, tmp_path: Path) -> None:
+    """With one client a task, a head that stays is the head that would have come back."""
+    home = run_inprocess(make_config((1, 1), name="home", rounds=3, server=sharing("local-heads")))
+    sent = run_inprocess(make_config((1, 1), name="sent", rounds=3))
+    close(home.state.shared, sent.state.shared)
+    assert all(head.size == 0 for head in home.state.heads.values())
+
+    # Only what is shared travels, and nobody but the clients can score.
+    shared, heads = sent.state.shared.size, sum(head.size for head in sent.state.heads.values())
+    rows = [read_rows(run.folder, "rounds")[1:] for run in (home, sent)]
+    for one, other in zip(*rows, strict=True):
+        assert one["bytes"]["up"] == other["bytes"]["up"] - 4 * heads == 2 * 4 * shared
+        assert one["bytes"]["down"] == other["bytes"]["down"] - 4 * heads
+        assert one["dev"] == {} and set(one["personal"]) == {"mood", "topic"}
+    clients = [json.loads((run.folder / "summary.json").read_text())["clients"] for run in (home, sent)]
+    assert clients[0].keys() == clients[1].keys() == {"mood", "topic"}
+    for task in clients[0]:
+        assert clients[0][task]["loss"] == pytest.approx(clients[1][task]["loss"], rel=1e-4)
+    with pytest.raises(ConfigError, match="heads stayed with its clients"):
+        export_run(home.folder, tmp_path / "out")
+
+
+def test_processes_keep_the_heads_too(make_config: MakeConfig) -> None:
+    runs = [
+        run_inprocess(make_config((2,), name=f"w{workers}", workers=workers, server=sharing("local-heads")))
+        for workers in (1, 2)
+    ]
+    assert runs[0].summary["vector_sha256"] == runs[1].summary["vector_sha256"]
+    assert runs[0].summary["clients"] == runs[1].summary["clients"]
+
+
+def test_a_head_is_kept_by_round_and_a_lost_one_begins_again(make_config: MakeConfig) -> None:
+    workspace = get_workspace(make_config(server=sharing("local-heads")))
+    size = workspace.layout("mood").size
+    received = np.zeros(workspace.down_terms(0, 0).layout.size, np.float32)
+    context = Context(1, 1, {}, RecordDict(), {})
+    start = with_own_head(workspace, context, 0, received, 1)
+    assert start.size == size and not start.any()
+    change = np.ones(size, np.float32)
+    assert keep_own_head(context, 1, start, change, received.size).size == received.size
+    head = slice(received.size, None)
+    assert (with_own_head(workspace, context, 0, received, 2)[head] == 1).all()
+    assert not with_own_head(workspace, context, 0, received, 1).any()  # the round is done again
+    lost = Context(1, 1, {}, RecordDict(), {})
+    assert not with_own_head(workspace, lost, 0, received, 2).any()
+    everything = get_workspace(make_config())
+    whole = np.zeros(everything.layout("mood").size, np.float32)
+    assert with_own_head(everything, lost, 0, whole, 2) is whole
+    assert keep_own_head(lost, 1, whole, whole, whole.size).size == whole.size
+    assert not lost.state
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"server": {"sharing": "by-task", "strategy": "fedadam"}}, "use one of fedavg, mean"),
+        ({"server": {"sharing": "local-heads"}, "mask_schedule": "rotate"}, "expected one fixed mask"),
+        ({"server": {"sharing": "by_task"}}, "'by-task'"),
+    ],
+)
+def test_what_does_not_go_together(make_config: MakeConfig, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make_config(**changes)
