@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fedmask.config import Metric, Name, PartitionConfig, Real, RunConfig, Whole, _Settings, read_toml
+from fedmask.config import Metric, Name, PartitionConfig, Real, RunConfig, Settings, Whole, read_toml
 from fedmask.errors import ConfigError, unknown
 from fedmask.methods import METHODS
 
@@ -27,7 +27,7 @@ _OWN = ("name", "runs_dir", "seed", "method", "tasks", "workers", "test_every_ro
 VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=48)]
 
 
-class StudyTask(_Settings):
+class StudyTask(Settings):
     """One task and its rows. Files are named relative to the data folder; none means a bundled task.
 
     ``train`` is cut into ``train_rows`` that are dealt to the clients and ``validation_rows`` that choose
@@ -64,7 +64,7 @@ class StudyTask(_Settings):
         return self
 
 
-class Budget(_Settings):
+class Budget(Settings):
     """How large a variant must be: matched by changing ``by`` until it sends as many values, or bytes.
 
     Exactly one of ``values`` (shared values sent per client and round), ``bytes`` (their payload at the
@@ -85,7 +85,7 @@ class Budget(_Settings):
         return self
 
 
-class Variant(_Settings):
+class Variant(Settings):
     """One way to tune: a method, the settings in which it differs, and its learning rates.
 
     ``lr``: tried on the first seed; ``tune``: the setting that they are for; ``follow``: further settings
@@ -131,7 +131,7 @@ class Variant(_Settings):
         return self
 
 
-class Study(_Settings):
+class Study(Settings):
     """A whole study. ``select``: the round whose validation score chooses the learning rate.
 
     ``narrow``: why the grids may span less than a factor of 30. ``reference``: the variant against whose
