@@ -55,7 +55,7 @@ def test_the_bundle_holds_what_the_apps_need(tmp_path: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "runs/"))]
     assert demo == (ROOT / "experiments/studies/demo.toml").read_bytes()
     app = settings["tool"]["flwr"]["app"]
-    assert app["config"] == {"config": ""}
+    assert app["config"] == {"config": "", "resume": False}
     assert app["components"] == {
         "serverapp": "experiments.flower_app:server_app",
         "clientapp": "experiments.flower_app:client_app",
