@@ -22,6 +22,7 @@ from fedmask.costs import independent_union
 from fedmask.errors import ConfigError, unknown
 from fedmask.masks import SCORERS, Mask, derive_mask
 from fedmask.rng import rng_for
+from fedmask.unions import union
 from fedmask.workspace import Workspace, get_workspace
 from server.record import write_json
 
@@ -91,12 +92,12 @@ def _growth(indices: Sequence[np.ndarray], shared: Mask, seed: int) -> list[dict
     for number in range(ORDERS):
         known = np.empty(0, np.int64)
         for place, client in enumerate(rng.permutation(count)):
-            known = np.union1d(known, indices[client])
+            known = union(known, indices[client])
             sizes[number, place] = known.size
     rows = []
     for clients in range(1, count + 1):
         found = sizes[:, clients - 1]
-        union = math.ceil(float(found.mean()))
+        mean = math.ceil(float(found.mean()))
         rows.append(
             {
                 "clients": clients,
@@ -105,8 +106,8 @@ def _growth(indices: Sequence[np.ndarray], shared: Mask, seed: int) -> list[dict
                 "most": int(found.max()),
                 "times_k": float(found.mean()) / k,
                 "independent": independent_union(k, eligible, clients),
-                "down_bytes": VALUE_BYTES * union,
-                "index_bytes": math.ceil(index_entropy_bytes(union, eligible)),
+                "down_bytes": VALUE_BYTES * mean,
+                "index_bytes": math.ceil(index_entropy_bytes(mean, eligible)),
                 "shared_down_bytes": VALUE_BYTES * k,
             }
         )
@@ -116,7 +117,7 @@ def _growth(indices: Sequence[np.ndarray], shared: Mask, seed: int) -> list[dict
 def _layers(masks: Mapping[int, Mask], shared: Mask) -> list[dict[str, Any]]:
     """One row an eligible tensor: how many entries a client, their union and the shared mask have there."""
     space, everyone = shared.space, np.unique(np.concatenate([mask.indices for mask in masks.values()]))
-    union = [part.size for part in space.split(everyone)]
+    together = [part.size for part in space.split(everyone)]
     theirs = np.array([[part.size for part in space.split(mask.indices)] for mask in masks.values()])
     ours = [part.size for part in space.split(shared.indices)]
     return [
@@ -126,7 +127,7 @@ def _layers(masks: Mapping[int, Mask], shared: Mask) -> list[dict[str, Any]]:
             "client_mean": float(theirs[:, number].mean()),
             "client_least": int(theirs[:, number].min()),
             "client_most": int(theirs[:, number].max()),
-            "union": int(union[number]),
+            "union": int(together[number]),
             "shared": int(ours[number]),
         }
         for number, (name, shape) in enumerate(zip(space.names, space.shapes, strict=True))

@@ -20,6 +20,7 @@ from fedmask.masks.scores import Scores
 from fedmask.masks.select import shares
 from fedmask.rng import rng_for
 from fedmask.space import ParameterSpace
+from fedmask.unions import union
 
 _TOP = 32768.0
 """The largest score of a message as float16: leaves twelve decimal orders below it."""
@@ -93,15 +94,15 @@ def _ones(indices: np.ndarray) -> Chosen:
 
 def _sum(messages: Mapping[int, bytes], read: Callable[[bytes], Chosen]) -> Chosen:
     """The union of all clients' entries and the sum of their numbers, client by client in rising order."""
-    union, totals = np.empty(0, np.int64), np.empty(0)
+    known, totals = np.empty(0, np.int64), np.empty(0)
     for client in sorted(messages):
         indices, values = read(messages[client])
-        merged = np.union1d(union, indices)
+        merged = union(known, indices)
         sums = np.zeros(merged.size)
-        sums[np.searchsorted(merged, union)] = totals
+        sums[np.searchsorted(merged, known)] = totals
         sums[np.searchsorted(merged, indices)] += values
-        union, totals = merged, sums
-    return union, totals
+        known, totals = merged, sums
+    return known, totals
 
 
 def _best(
