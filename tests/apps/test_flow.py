@@ -21,6 +21,7 @@ from experiments.inprocess import InProcessGrid
 from fedmask.config import RunConfig
 from fedmask.delta import read_delta
 from fedmask.errors import ConfigError, FedmaskError
+from fedmask.kernels import available_kernels
 from fedmask.ledger import Ledger
 from fedmask.workspace import get_workspace
 from server.app import make_server_app
@@ -64,7 +65,8 @@ def test_a_run_writes_its_folder(make_config: MakeConfig) -> None:
     assert names == {"config.json", "rounds.jsonl", "ledger.jsonl", "summary.json", "delta.safetensors"}
 
     record = json.loads((result.folder / "config.json").read_text())
-    assert record["config"] == config.model_dump(mode="json")
+    kernel = "sampled" if "sampled" in available_kernels() else "dense"  # what "auto" was settled to
+    assert record["config"] == {**config.model_dump(mode="json"), "kernel": kernel}
     facts = record["facts"]
     assert [one["task"] for one in facts["partitions"]] == ["mood"] * 3 + ["topic"] * 2
     for one in facts["partitions"]:

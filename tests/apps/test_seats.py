@@ -54,7 +54,7 @@ class ClaimingGrid(InProcessGrid):
 
     def restart(self, number: int, as_new: bool) -> None:
         """Node ``number`` was started again: under its old id (registered nodes), or under a new one."""
-        self._states.pop(1000 + number, None)
+        self.states.put(1000 + number, None)
         if as_new:
             self._partitions[2000 + number] = number
 
