@@ -97,6 +97,8 @@ def _receive(
     beside = workspace.layout(workspace.task_of(client))
     nothing = np.zeros(beside.size, np.float32)
     held = held_vector(context) or Received(0, nothing)
+    if held.version > version:  # the run went back to an earlier state: what is held is of no use to it
+        held = Received(0, nothing)
     positions = workspace.positions if own is None else _positions(workspace, context, content, held, own)
     terms = workspace.union_terms(client, positions)
 
@@ -127,7 +129,7 @@ def _positions(
     told = _told(workspace, content)
     record = context.state.get(UNION)
     known = np.empty(0, np.int64)
-    if isinstance(record, ArrayRecord):
+    if isinstance(record, ArrayRecord) and held.version:
         known = np.frombuffer(record_bytes(record, UNION), "<i8").astype(np.int64)
     if not told.held <= held.version <= told.version or (held.version and not known.size):
         at = held.version if known.size else 0

@@ -18,6 +18,7 @@ from fedmask.flower import ensure_identity
 from fedmask.layout import Layout, Segment
 from fedmask.methods import METHODS, TASK_SPECIFIC
 from fedmask.shapes import read_shapes, task_layout
+from fedmask.sharing import travelling
 
 # Changes down only where all clients hold the newest version; else one that was not asked for long would
 # be sent many of them, or the whole vector as fp32.
@@ -54,7 +55,10 @@ def fit_budget(config: RunConfig, labels: Mapping[str, int], budget: int) -> tup
         )
     ensure_identity()
     shapes = read_shapes(config)
-    layouts = [task_layout(shapes, task.name, labels[task.name], config.head) for task in config.tasks]
+    layouts = [
+        travelling(task_layout(shapes, task.name, labels[task.name], config.head), config.server.sharing)
+        for task in config.tasks
+    ]
     largest = max(layouts, key=lambda layout: layout.size)
     asked = config.server.clients_per_round or config.clients
     ways = _ALL if asked == config.clients else _SOME

@@ -60,11 +60,16 @@ def run_inprocess(
         on_result=results.append,
     )
     with InProcessGrid(config, default_workers(config), make_app) as grid, _quiet_log():
-        if up_codec(config.up).keeps_state or down_way(config.down).change:
+        if up_codec(config.up).keeps_state or down_way(config.down).change or _heads_stay(config):
             watching.append(KeepStates(grid.states, resume=existing == "resume"))
         context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
         server(grid=grid, context=context)
     return results[0]
+
+
+def _heads_stay(config: RunConfig) -> bool:
+    """Whether clients keep heads that nobody else has."""
+    return config.server.sharing == "local-heads"
 
 
 def run_ray(

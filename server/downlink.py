@@ -14,6 +14,8 @@ from fedmask.rng import rng_for
 from fedmask.workspace import Workspace
 from server.state import RunState
 
+NOTHING = -1
+
 
 def down_contents(
     workspace: Workspace, state: RunState, round: int, held: Mapping[int, int], clients: Sequence[int]
@@ -51,7 +53,9 @@ def _union_contents(
     positions = state.positions(workspace)
     out = {}
     for client in clients:
-        key = workspace.stream_of(client), held.get(client, 0)
+        # A version that this run has not come to (a client ahead of a state that was gone back to) is none.
+        at = held.get(client, 0)
+        key = workspace.stream_of(client), at if 0 <= at <= state.round else NOTHING
         if key not in frames:
             whole = workspace.union_terms(client, positions).whole(state.round)
             frames[key] = frame_for(state.public[key[0]], key[1], whole)
@@ -59,6 +63,6 @@ def _union_contents(
         if isinstance(positions, ByHolders):
             steps = read_frame(frames[key]).base != WHOLE
             own = positions.masks.get(client)
-            told = pack_positions(positions, key[1], state.round, steps, own, workspace.space)
+            told = pack_positions(positions, max(0, key[1]), state.round, steps, own, workspace.space)
             out[client][CONFIG] = ConfigRecord({"round": round, PLACES: told})
     return out

@@ -25,6 +25,7 @@ from fedmask.ledger import Ledger
 from fedmask.rng import rng_for
 from fedmask.training import planned_steps
 from fedmask.workspace import Workspace
+from server.bounds import within_bounds
 from server.downlink import down_contents
 from server.evaluation import Scores, central_scores, task_means
 from server.exchange import SURPLUS, Answer, Late, Request, enter, exchange
@@ -140,7 +141,7 @@ class Federation:
                 f"round {round}: expected at least {self.config.server.min_replies} usable replies"
                 f" (server.min_replies), found {len(good)} of {len(clients)} ({reasons})"
             )
-        combined = tally.result()
+        combined = within_bounds(tally.result())
         held = state.held | {reply.client: state.round for reply in good}
         own = {reply.client: reply.indices for reply in good if reply.indices is not None}
         holders = state.holders.with_round(round, own) if own else state.holders
@@ -224,7 +225,7 @@ class Federation:
                 behind[answer.client] = held
 
         answers = self._ask(state, round, clients, state.held, kind, came, enough)
-        if behind:
+        if behind and not enough():
             answers += self._ask(state, round, tuple(sorted(behind)), dict(behind), kind, came, enough)
         if kind == TRAIN:
             waited = {name: at for name, at in self.late.items() if round - at[1] < _LATE_ROUNDS}

@@ -49,7 +49,8 @@ def pack_top_scores(scores: Scores, rule: Rule) -> bytes:
     mask = scores.mask(rule)
     indices, values = pack_votes(mask), scores.at(mask.indices)
     largest = np.float32(values.max())
-    relative = values * (_TOP / largest) if largest > 0 else values
+    # In float64: squared gradients may be so small that the quotient has no float32.
+    relative = values.astype(np.float64) * (float(_TOP) / float(largest)) if largest > 0 else values
     head: bytes = varint(len(indices)) + indices + largest.astype("<f4").tobytes()
     sent: bytes = relative.astype("<f2").tobytes()
     return head + sent

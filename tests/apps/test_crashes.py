@@ -119,7 +119,7 @@ def test_killed_thirty_times_and_still_the_same(make_config: MakeConfig) -> None
         text=True,
         capture_output=True,
         check=False,
-        timeout=500,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     folder = Path(config.runs_dir) / config.name

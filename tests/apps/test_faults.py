@@ -24,6 +24,7 @@ from fedmask.errors import ConfigError, DataError, FederationError
 from fedmask.rng import rng_for
 from fedmask.workspace import get_workspace
 from server.app import RunResult
+from server.bounds import LARGEST
 from server.exchange import SURPLUS
 from tests.apps.fakes import QuickApp, quick_app
 from tests.apps.grids import TamperedGrid, read_rows, run_on
@@ -183,6 +184,24 @@ def test_a_huge_change_counts_and_is_named(make_config: MakeConfig, caplog: pyte
         make_config(clients=(4,), rounds=3, server={"strategy": "fedmedian"}), {ROUND: hundredfold}
     )
     assert np.abs(robust.state.shared).max() < 0.1 < np.abs(result.state.shared).max()
+
+
+@pytest.mark.parametrize("ways", [{}, {"down": "int8+delta"}])
+def test_the_largest_change_that_is_accepted_never_ends_a_run(
+    make_config: MakeConfig, ways: dict[str, str]
+) -> None:
+    """Round after round: what would grow out of the range of a message is cut, and the round says so."""
+    config = make_config(clients=(2,), rounds=4, **ways)
+
+    def largest(reply: Message) -> Message:
+        size = get_workspace(config).layout("mood").size
+        return _repacked(reply, vector=np.full(size, 1e4, np.float32))
+
+    result = run_with(config, dict.fromkeys((1, 2, 3, 4), largest))
+    rows = read_rows(result.folder, "rounds")
+    assert [row["replied"] for row in rows[1:]] == [[0, 1]] * 4
+    assert "were cut" in rows[-1]["note"]
+    assert np.abs(result.state.shared).max() == LARGEST
 
 
 def test_a_client_whose_rows_are_gone_says_so(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from fedmask.flower import INDICES, PLACES
 from fedmask.ledger import Ledger
 from fedmask.workspace import Workspace, get_workspace
 from server.observer import Silent
+from server.resume import STATE
 from tests.apps.grids import TamperedGrid, read_rows, run_on
+from tests.apps.test_resume import Cuts, PowerCut, spoil
 
 MakeConfig = Callable[..., RunConfig]
 SCORES = {"samples": 24, "batches": 1, "steps": 2}
@@ -36,6 +39,21 @@ def masks_of(config: RunConfig) -> dict[int, np.ndarray]:
     rule = workspace.rule
     assert rule is not None
     return {c: workspace.scores(rule.name, c).mask(rule).indices for c in range(config.clients)}
+
+
+@pytest.mark.parametrize("ways", [{}, {"up": "int4+ef", "down": "int8+delta"}])
+def test_an_older_state_of_the_server_goes_on(make_config: MakeConfig, ways: dict[str, str]) -> None:
+    """Its newest state is damaged, so clients hold a version that the run has not come to."""
+    whole = run_inprocess(own(make_config, name="whole", rounds=3, **ways))
+    config = own(make_config, rounds=3, **ways)
+    with pytest.raises(PowerCut):
+        run_inprocess(config, Cuts("end", 2))
+    folder = Path(config.runs_dir) / config.name
+    spoil(folder / STATE, "flip")
+    found = run_inprocess(config, existing="resume")
+    assert [len(row["replied"]) for row in read_rows(folder, "rounds")[1:]] == [config.clients] * 3
+    np.testing.assert_allclose(found.state.shared, whole.state.shared, atol=1e-2)
+    assert ways or found.summary["vector_sha256"] == whole.summary["vector_sha256"]
 
 
 @pytest.mark.parametrize("method", ["fish"])

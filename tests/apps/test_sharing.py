@@ -20,6 +20,7 @@ from fedmask.errors import ConfigError
 from fedmask.export import export_run
 from fedmask.workspace import get_workspace
 from tests.apps.grids import read_rows
+from tests.apps.test_resume import Cuts, PowerCut
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -75,6 +76,17 @@ def test_processes_keep_the_heads_too(make_config: MakeConfig) -> None:
     ]
     assert runs[0].summary["vector_sha256"] == runs[1].summary["vector_sha256"]
     assert runs[0].summary["clients"] == runs[1].summary["clients"]
+
+
+@pytest.mark.parametrize("place", ["start", "end"])
+def test_heads_that_stay_are_found_again_after_an_interruption(make_config: MakeConfig, place: str) -> None:
+    whole = run_inprocess(make_config((2,), name="whole", rounds=3, server=sharing("local-heads")))
+    config = make_config((2,), rounds=3, server=sharing("local-heads"))
+    with pytest.raises(PowerCut):
+        run_inprocess(config, Cuts(place, 2))
+    found = run_inprocess(config, existing="resume")
+    for key in ("vector_sha256", "clients"):
+        assert found.summary[key] == whole.summary[key]
 
 
 def test_a_head_is_kept_by_round_and_a_lost_one_begins_again(make_config: MakeConfig) -> None:

@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import get_args
@@ -41,11 +42,14 @@ def modules() -> list[Path]:
 
 def project_files() -> list[Path]:
     """What belongs to the project: git's list where there is one, else every file of a source archive."""
-    if (ROOT / ".git").exists():
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    listed = None
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed is not None and listed.returncode == 0:
         found = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
-    else:
-        found = [path for path in ROOT.rglob("*") if path.suffix != ".pyc"]
+    else:  # a source archive, no git, or a clone that git does not trust
+        ignored = {".venv", "runs", ".git", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
+        found = [path for path in ROOT.rglob("*") if not ignored & set(path.relative_to(ROOT).parts)]
     return sorted(path for path in found if path.is_file())
 
 
