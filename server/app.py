@@ -125,12 +125,18 @@ def run_server(
     enlist = partial(
         join, grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply, claims=claims
     )
-    observer.on_start(folder.path, config.rounds, config.clients)
-    observer.on_round_start(point.state.round if point else 0, ())
+
+    def announce() -> None:
+        observer.on_start(folder.path, config.rounds, config.clients)
+        observer.on_round_start(point.state.round if point else 0, ())
+
     if point and needs_agreement(workspace):
         kept_mask(workspace, folder.path)
     elif needs_agreement(workspace):  # before it is found, nobody knows how long the run's vectors are
         workspace.forget_mask()
+        for task in workspace.tasks:  # what can be wrong with the rows is said first
+            workspace.data(task)
+        announce()
         roster = enlist()
         search = find_mask(grid, workspace, roster, ledger, observer.on_reply)
     state = point.state if point else RunState.start(workspace)
@@ -140,6 +146,8 @@ def run_server(
     if point:
         point.check(record)
         strategy.load_state(point.strategy)
+    if roster is None:
+        announce()
     # Scored before joining: worker processes and nodes load their models meanwhile.
     dev = {} if point else central_scores(workspace, state.shared, state.heads, "dev", config.eval_rows)
     if roster is None:
