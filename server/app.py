@@ -175,7 +175,8 @@ def run_server(
             _end_round(federation, state, rows[0], folder)
         while state.round < config.rounds:
             if claims:
-                rejoin(grid, workspace, ledger, roster, state.round + 1, lost_seats(rows[-1]["rejected"]))
+                lost = lost_seats(rows[-1]["rejected"])
+                state.confirm(rejoin(grid, workspace, ledger, roster, state.round + 1, lost))
                 federation.most = most_claims(workspace, roster.rows)
             state, row = federation.train_round(state)
             rows.append(row)

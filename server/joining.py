@@ -127,8 +127,10 @@ def join(
 
 def rejoin(
     grid: Grid, workspace: Workspace, ledger: Ledger, roster: Roster, round: int, lost: set[int]
-) -> None:
-    """Before ``round``: let nodes that came (back) meanwhile take their seats. Never ends the run.
+) -> dict[int, int]:
+    """Before ``round``: let nodes that came (back) meanwhile take their seats; the versions that these hold.
+
+    Never ends the run.
 
     ``lost``: clients that answered that they do not know the run. A node that holds the seat of another one
     is that one, started again: it takes the place.
@@ -137,7 +139,7 @@ def rejoin(
     online = set(grid.get_node_ids())
     ask, free = whom_to_ask(online, roster.nodes, roster.seen, lost, config.clients)
     if not ask:
-        return
+        return {}
     roster.seen.update(ask)
     offered = _offered(workspace)
     held = {node: seat for seat, node in roster.nodes.items()}
@@ -162,7 +164,8 @@ def rejoin(
     for seat, node in sorted(found.nodes.items()):
         log.info("fedmask: client %d is back (node %d)", seat, node)
     if needing:
-        send_mask(grid, workspace, ledger, roster, needing)
+        send_mask(grid, workspace, ledger, roster, needing, round)
+    return found.held
 
 
 def _offered(workspace: Workspace) -> dict[str, str]:
@@ -236,8 +239,10 @@ def _refuse_gaps(wanted: int, answers: list[Answer], roster: Roster) -> None:
         )
 
 
-def send_mask(grid: Grid, workspace: Workspace, ledger: Ledger, roster: Roster, clients: list[int]) -> None:
-    """Send the packed mask to some partitions; who does not confirm it leaves the roster."""
+def send_mask(
+    grid: Grid, workspace: Workspace, ledger: Ledger, roster: Roster, clients: list[int], round: int = 0
+) -> None:
+    """Send the packed mask to some partitions before ``round``; who does not confirm it leaves the roster."""
     mask = workspace.mask
     if mask is None:
         return
@@ -252,7 +257,7 @@ def send_mask(grid: Grid, workspace: Workspace, ledger: Ledger, roster: Roster, 
         if answer.reply is None:
             roster.nodes.pop(answer.client)
             roster.failed.append({"client": answer.client, "reason": answer.reason})
-    enter(ledger, 0, "mask", answers)
+    enter(ledger, round, "mask", answers)
 
 
 def _read(answer: Answer) -> Joined | None:

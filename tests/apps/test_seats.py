@@ -103,6 +103,29 @@ def test_a_node_that_was_started_again_gets_its_own_seat_again(
     assert {row["client"] for row in again if row["direction"] == "up"} == seats
 
 
+def test_a_node_that_comes_back_with_nothing_is_sent_the_whole_at_once(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server hears at joining what it holds, and the mask that it needs stands in the round's account."""
+    config = make_config(rounds=4, down="int4+delta", mask_transport="packed")
+    nodes = Nodes(config, tmp_path / "state", monkeypatch, {})
+    grid = ClaimingGrid(config, nodes, 5)
+    rounds = 0
+
+    def before(kind: str) -> None:
+        nonlocal rounds
+        rounds += kind == "train"
+        if kind == "train" and rounds == 3:
+            grid.restart(3, False)
+
+    grid.before = before
+    run = run_on(grid, engine="superlink")
+    (seat,) = {seat for _, number, seat in nodes.did if number == 3 and seat >= 0}
+    down = [row for row in read_rows(run.folder, "ledger")
+            if (row["client"], row["round"], row["direction"]) == (seat, 4, "down")]  # fmt: skip
+    assert [row["kind"] for row in down] == ["mask", "mask", "train"]  # offer, mask, and the vector once
+
+
 def test_whom_to_ask_between_rounds() -> None:
     nodes = {0: 10, 1: 11, 2: 12}
     assert whom_to_ask({10, 11, 12}, nodes, {10, 11, 12}, set(), 3) == ([], [])
