@@ -3,7 +3,8 @@
 In deployment Flower starts a process a message, and what a client reads for its few rows (libraries for data
 sets, the task's whole source, the tokenizer's work) costs more than a step of training. FEDMASK_CACHE names
 the folder; without it nothing is kept. A file's name is the digest of all that its content depends on, so
-nothing in it is ever stale; what is damaged is read anew. Arrays only, nothing is unpickled.
+nothing in it is ever stale; what is damaged is read anew. Arrays only, nothing is unpickled. The rows are the
+client's own: nobody but its user may read them.
 """
 
 from __future__ import annotations
@@ -96,11 +97,21 @@ def keep(path: Path | None, labels: tuple[str, ...], train: Tokenized, held_out:
         }
     said: dict[str, Any] = {"labels": list(labels)}
     said["sha256"] = _digest(said, arrays)
+    _write(path, save(arrays, {"shard": json.dumps(said)}))
+
+
+def _write(path: Path, data: bytes) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(save(arrays, {"shard": json.dumps(said)}))
-        os.replace(beside, path)
+        path.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.parent.chmod(0o700)  # an older one may be open to all
+        try:
+            with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(data)
+            os.replace(beside, path)
+        except OSError:
+            beside.unlink(missing_ok=True)
 
 
 _ARRAYS = ("tokens", "offsets", "token_types", "labels")
@@ -139,8 +150,14 @@ def _tokenizer(model: str) -> list[str] | None:
     return [_file(path) for path in files]
 
 
-@lru_cache(maxsize=64)
 def _file(path: Path) -> str:
+    said = path.stat()
+    return _hashed(path, said.st_size, said.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _hashed(path: Path, size: int, mtime_ns: int) -> str:
+    """SHA-256 of a file; of one that is changed under a process that lives on, its new one."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -158,6 +158,8 @@ def test_rows_from_the_disk_give_the_same_run_and_damage_is_read_anew(
             assert run_on(InProcessGrid(settings)).summary["vector_sha256"] == expected
             files = sorted(cache.glob("shards/*"))
             assert len(files) == settings.clients
+            assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+            assert {path.stat().st_mode & 0o777 for path in (cache, cache / "shards")} == {0o700}
             if turn == 1:
                 files[0].write_bytes(files[0].read_bytes()[:-3])
                 data = files[1].read_bytes()
@@ -178,9 +180,15 @@ def test_cached_rows_are_those_of_what_they_depend_on(
     assert len({first, shard_cache.cache_file(other, task, 0, place),
                 shard_cache.cache_file(config, task, 1, place)}) == 3  # fmt: skip
     _write(tmp_path / "rows-0.csv", [*_rows(0), ("one more", "up")])
-    shard_cache._file.cache_clear()
     assert shard_cache.cache_file(config, task, 0, place) != first
     assert shard_cache.cache_file(config, task, 0, OwnData("nothing.csv")) is None
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shard_cache.os, "replace", full)
+    shard_cache._write(first, b"rows")
+    assert list(first.parent.iterdir()) == []  # nothing of it is left, and nothing is raised
 
 
 def test_a_client_needs_none_of_the_server_s_files(

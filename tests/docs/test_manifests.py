@@ -57,6 +57,16 @@ def test_every_container_is_confined(name: str) -> None:
         assert service["cpus"]
 
 
+def test_no_server_mounts_what_clients_keep() -> None:
+    mounts = {
+        name: {mount.split(":/")[0] for mount in service.get("volumes", ()) if mount.endswith(":/state")}
+        for name, service in COMPOSE["services"].items()
+    }
+    assert mounts["client"] == {"state"}
+    assert [name for name, found in mounts.items() if "state" in found] == ["client"]
+    assert mounts["server"] and mounts["server"] <= set(COMPOSE["volumes"])
+
+
 def test_compose_1_29_reads_the_file() -> None:
     assert "name" not in COMPOSE
     assert "version" not in COMPOSE
