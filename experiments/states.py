@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.wire import Parcel
+from experiments.wire import Parcel, is_whole
 from server.observer import Silent
 
-OBJECTS = "objects"
+FOLDER, OBJECTS = "clients", "objects"
 
 
 class States:
@@ -62,19 +62,14 @@ class States:
         self._folder = folder
 
     def load(self, folder: Path) -> None:
-        """Take over what an earlier process kept; states whose pieces are not all there are left out."""
+        """Take over what an earlier process kept; a state without all its pieces, undamaged, is left out."""
         for path in sorted(folder.glob("*.json")):
             try:
                 said = json.loads(path.read_text(encoding="utf-8"))
-                objects = {name: (folder / OBJECTS / name).read_bytes() for name in said["objects"]}
+                objects = {name: _whole(folder / OBJECTS / name) for name in said["objects"]}
                 self.put(int(path.stem), Parcel(said["root"], objects))
             except (OSError, ValueError, KeyError, TypeError):
                 continue
-
-    def forget(self) -> None:
-        """Remove the folder: the run has ended."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _take(self, name: str, piece: bytes) -> str:
         name = self._names.setdefault(name, name)  # one text for all who name the piece
@@ -108,25 +103,38 @@ class KeepStates(Silent):
 
     def __init__(self, states: States, *, resume: bool) -> None:
         self._states, self._resume = states, resume
-        self._folder = Path()
+        self._folder: Path | None = None
 
     def on_start(self, folder: Path, rounds: int, clients: int) -> None:
         """Take over what an interrupted run's clients had kept."""
-        self._folder = folder / "clients"
+        self._folder = folder / FOLDER
         if self._resume:
             self._states.load(self._folder)
 
     def on_round_start(self, round: int, clients: tuple[int, ...]) -> None:
         """Not before the folder is this run's own."""
-        if clients:
+        if clients and self._folder is not None:
             self._states.keep_in(self._folder)
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """Nobody needs them any more."""
-        self._states.forget()
+        """Nobody needs them any more, also where no round was left to be run."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _whole(path: Path) -> bytes:
+    """A piece, if it is what its name says; else it goes, to be written anew. Raises OSError, ValueError."""
+    piece = path.read_bytes()
+    if not is_whole(path.name, piece):
+        path.unlink()
+        raise ValueError(f"{path}: damaged")
+    return piece
 
 
 def _replace(path: Path, data: bytes) -> None:
     part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # a page must not outlive the pieces that it names
     os.replace(part, path)

@@ -9,6 +9,7 @@ import fedmask._env  # noqa: F401  (before flwr is imported)
 from flwr.app import Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
+    get_object_id,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -38,6 +39,11 @@ def pack(things: Sequence[Message] | Sequence[RecordDict]) -> list[Parcel]:
             name = thing.metadata.message_id if isinstance(thing, Message) else ""
             parcels.append(Parcel(thing.object_id, {part: known[part] for part in parts}, name))
     return parcels
+
+
+def is_whole(name: str, piece: bytes) -> bool:
+    """Whether bytes are the object of that id, which is their SHA-256."""
+    return get_object_id(piece) == name
 
 
 def unpack_message(parcel: Parcel) -> Message:

@@ -166,17 +166,30 @@ def test_resumed_equals_uninterrupted_with_residuals(make_config: MakeConfig, pl
     assert not (folder / "clients").exists()
 
 
-def test_resumed_without_the_clients_states_goes_on(make_config: MakeConfig) -> None:
+@pytest.mark.parametrize("what", ["gone", "damaged"])
+def test_resumed_without_the_clients_states_goes_on(make_config: MakeConfig, what: str) -> None:
     whole = quick(make_config(name="whole", rounds=5, **COARSE))
     config = make_config(rounds=5, **COARSE)
     folder = cut(config, "start", 4)
-    shutil.rmtree(folder / "clients")
+    if what == "gone":
+        shutil.rmtree(folder / "clients")
+    else:
+        for piece in (folder / "clients" / "objects").iterdir():
+            spoil(piece, "flip")
     found = quick(config, existing="resume")
     rows = read_rows(folder, "rounds")
     assert all(row["replied"] == [0, 1, 2, 3, 4] for row in rows[1:])
     # Joining says what a client holds, so nobody is asked twice; only the residuals are gone.
     assert sum(row[:2] == (4, 0) for row in trained(found) if row[4] == "ok") == 2
     np.testing.assert_allclose(found.state.shared, whole.state.shared, atol=5e-3)
+
+
+def test_a_run_that_was_cut_after_its_last_round_leaves_no_states_behind(make_config: MakeConfig) -> None:
+    config = make_config(rounds=2, **COARSE)
+    folder = cut(config, "end", 2)
+    assert (folder / "clients").is_dir()
+    quick(config, existing="resume")
+    assert not (folder / "clients").exists()
 
 
 def test_an_older_state_of_the_server_repeats_a_round_to_the_bit(make_config: MakeConfig) -> None:
