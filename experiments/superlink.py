@@ -35,6 +35,7 @@ _DIRECT = "direct"
 _BOX = "│╭╮╰╯─ "  # what flwr draws around its errors
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _SETTLE_SECONDS = 60.0
+_ANSWER_SECONDS = 30.0
 _SURE = 5  # so often a run is said to be going on before that is believed
 
 
@@ -184,24 +185,33 @@ def _final_status(run_id: str, where: Sequence[str], home: dict[str, str]) -> tu
     """
     deadline, running = time.monotonic() + _SETTLE_SECONDS, 0
     while True:
-        asked = subprocess.run(
-            [*_FLWR, "ls", *where, "--run-id", run_id, "--format", "json"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env=_environment() | home,
-            check=False,
-        )
-        status, traffic = _listed(asked.stdout)
+        said, told = _ask(["ls", *where, "--run-id", run_id, "--format", "json"], home)
+        status, traffic = _listed(said)
         if status.startswith("finished:"):
             return status, traffic
         running += bool(status)
         if running > _SURE:
             return status, traffic
         if time.monotonic() > deadline:
-            said = status or f"unknown ({_last(asked.stderr.splitlines()) or 'no answer'})"
-            return said, traffic
+            return status or f"unknown ({_last(told.splitlines()) or 'no answer'})", traffic
         time.sleep(1.0)
+
+
+def _ask(arguments: Sequence[str], home: dict[str, str]) -> tuple[str, str]:
+    """What a ``flwr`` command says on its two streams; nothing if it has not ended in time."""
+    try:
+        asked = subprocess.run(
+            [*_FLWR, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=_environment() | home,
+            check=False,
+            timeout=_ANSWER_SECONDS,
+        )
+    except subprocess.TimeoutExpired:  # a SuperLink that takes calls and does not answer them
+        return "", ""
+    return asked.stdout, asked.stderr
 
 
 def _listed(text: str) -> tuple[str, dict[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,13 @@ def test_the_folder_of_another_run_is_not_taken_for_this_one_s(answers: Answers,
     answers([], [("finished:completed", {})])
     run = superlink._end_of(0, [STARTED, f"{FOLDER_LINE} {tmp_path} on hub"], [], {}, None)
     assert run.summary is None
+
+
+def test_a_superlink_that_never_answers_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(superlink, "_FLWR", [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(superlink, "_ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(superlink, "_SETTLE_SECONDS", 0.0)
+    assert superlink._final_status("77", [], {}) == ("unknown (no answer)", {})
 
 
 @pytest.mark.parametrize("status", ["finished:failed", "finished:stopped", "unknown (no answer)"])
