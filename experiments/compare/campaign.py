@@ -73,6 +73,10 @@ class Campaign:
             return None
         return found
 
+    def counts(self, result: Mapping[str, Any]) -> bool:
+        """Whether a result was made of the rows that are there now, and of tasks as the study states them."""
+        return bool(result.get("fingerprint") == fingerprint(result["settings"], self.study, self.prepared))
+
     def winner(self, variant: Variant) -> Winner | None:
         """The learning rate of the variant's further seeds; None while its search goes on."""
         found = [self.result(cell) for cell in grid(self.study, variant)]

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +67,9 @@ class Clock(Silent):
             {"round": number, "client_seconds": self._open, "peak_memory_bytes": float(peak_memory() or 0)}
         )
         self._open = 0.0
-        self._file.write_text("".join(json.dumps(one) + "\n" for one in self._rows), encoding="utf-8")
+        beside = self._file.with_name(_FILE + ".part")
+        beside.write_text("".join(json.dumps(one) + "\n" for one in self._rows), encoding="utf-8")
+        os.replace(beside, self._file)  # half a file would forget what the run had cost by then
 
     @property
     def client_seconds(self) -> float:

@@ -43,10 +43,13 @@ def compare(
     source = path or QUICK
     study = load_study(source)
     folder = out or Path("runs") / "compare" / study.name
+    campaign = None
     if not report_only:
-        _run(Campaign(study, folder, data_folder(data), only, retry=retry), jobs)
+        campaign = Campaign(study, folder, data_folder(data), only, retry=retry)
+        _run(campaign, jobs)
     shown = "fedmask compare --quick" if quick else f"fedmask compare {_relative(source)}"
-    tables = write_comparison(study, folder, shown)
+    more = {"counts": campaign.counts} if campaign else {}  # the report alone has no rows to compare with
+    tables = write_comparison(study, folder, shown, **more)
     _show(tables, folder, as_json=as_json)
 
 

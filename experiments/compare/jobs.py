@@ -12,8 +12,10 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from experiments.compare.runner import Task, run_cell
+from fedmask.errors import FederationError
 from server.record import write_json
 
+_STOPPED = "stopped"
 Next = Callable[[], Task | None]
 
 
@@ -21,7 +23,8 @@ def run_all(next_task: Next, jobs: int) -> Iterator[dict[str, Any]]:
     """Results in the order of their ends. ``next_task()`` gives the next run to begin, or None for now.
 
     It is asked again after each result, because which runs remain depends on the results so far. A process
-    that dies fails its run, which is recorded, and is replaced.
+    that dies fails its run, which is recorded, and is replaced. Raises ``FederationError`` where the machine
+    refuses to go on (see ``run_cell``).
     """
     if jobs <= 1:
         while (task := next_task()) is not None:
@@ -115,6 +118,8 @@ def _result(pool: list[_Process], process: _Process) -> dict[str, Any]:
         task.target.parent.mkdir(parents=True, exist_ok=True)
         write_json(task.target, result)
     process.task = None
+    if result["status"] == _STOPPED:
+        raise FederationError(result["error"])
     return result
 
 
@@ -125,6 +130,9 @@ def _serve(pipe: Connection) -> None:
             task = pipe.recv()
         except (EOFError, OSError):  # the driver is gone
             return
-        result = run_cell(task)
+        try:
+            result = run_cell(task)
+        except FederationError as error:
+            result = {"status": _STOPPED, "error": str(error)}
         with suppress(BrokenPipeError, ConnectionResetError):  # it is in its file, too
             pipe.send(result)

@@ -112,7 +112,13 @@ def configs_without_data(study: Study) -> Iterator[tuple[Variant, RunConfig]]:
 def _checked(study: Study, variant: Variant, files: Mapping[str, Mapping[str, Path]]) -> RunConfig:
     try:
         settings = settings_of(study, variant, variant.lr[0], study.seeds[0])
-        return run_config(study, settings, files, name=study.name, runs_dir=Path("runs"))
+        config = run_config(study, settings, files, name=study.name, runs_dir=Path("runs"))
+        if config.server.sharing == "local-heads":  # every run would fail, after it has trained
+            raise ConfigError(
+                "server.sharing: expected 'all' or 'by-task', found 'local-heads': a study scores the model"
+                " of the server each round, which lacks the heads that stay with the clients"
+            )
+        return config
     except ConfigError as error:
         raise ConfigError(f"variant {variant.name!r}: {error}") from None
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments.compare.campaign import all_results
+from experiments.compare.choose import Result
 from experiments.compare.pictures import draw
 from experiments.compare.study import Study
 from experiments.compare.summary import Summary, summarize
@@ -15,13 +16,16 @@ from experiments.compare.tables import Table, all_tables
 PAGE = "report.md"
 
 
-def write_comparison(study: Study, out: Path, command: str) -> list[Table]:
+def write_comparison(
+    study: Study, out: Path, command: str, counts: Callable[[Result], bool] = lambda result: True
+) -> list[Table]:
     """Write ``report.md``, ``tables/*.{md,csv,tex}`` and ``figures/*.png`` into ``out``; the tables.
 
-    ``command``: what makes it all again, which stands above the tables. Raises ConfigError for a damaged
+    ``command``: what makes it all again, which stands above the tables. ``counts``: which results are left
+    in, where the study's rows are at hand to tell (``Campaign.counts``). Raises ConfigError for a damaged
     result.
     """
-    rows = summarize(study, all_results(out))
+    rows = summarize(study, [result for result in all_results(out) if counts(result)])
     tables = all_tables(study, rows)
     figures = draw(study, rows, out / "figures")
     folder = out / "tables"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from clients.app import make_client_app
 from experiments.compare.clock import Clock, TimedApp, reset_peak_memory
@@ -22,7 +23,7 @@ from experiments.engines import run_inprocess
 from experiments.results import measured_bytes, messages
 from experiments.runs import Run, read_run
 from fedmask.config import RunConfig
-from fedmask.errors import ConfigError
+from fedmask.errors import ConfigError, FederationError
 from server.record import Existing, is_run, machine, versions, write_json
 from server.resume import interrupted
 
@@ -42,7 +43,9 @@ class Task:
 def run_cell(task: Task) -> dict[str, Any]:
     """Run, write the result to ``task.target`` in one step, and return it. An error becomes a result too.
 
-    A run that was broken off goes on after its last round. KeyboardInterrupt passes through.
+    A run that was broken off goes on after its last round. KeyboardInterrupt passes through. What the
+    machine refuses (a full disk) says nothing about the variant: it raises ``FederationError``, no result
+    is written, and the run's folder stays.
     """
     began = time.monotonic()
     head = {
@@ -59,13 +62,33 @@ def run_cell(task: Task) -> dict[str, Any]:
     try:
         result = head | {"status": "ok"} | _run(task.config, folder)
     except Exception as error:  # one variant's failure must not end a night's work
+        if (refused := _refused(error)) is not None:
+            raise _stopped(task, refused) from error
         lines = traceback.format_exception_only(error)
         result = head | {"status": "failed", "error": " ".join("".join(lines).split())[:500]}
     result["seconds"] = time.monotonic() - began
-    task.target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(task.target, result)
+    try:
+        task.target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(task.target, result)
+    except OSError as error:
+        raise _stopped(task, error) from error
     shutil.rmtree(folder, ignore_errors=True)  # a full fine-tuning's change is as large as the model
     return result
+
+
+def _refused(error: BaseException) -> BaseException | None:
+    """What the machine refused, where that is why a run ended (``server.record.writing`` wraps it)."""
+    if isinstance(error, OSError):
+        return error
+    cause = error.__cause__ if isinstance(error, FederationError) else None
+    return cause if isinstance(cause, OSError | SafetensorError) else None
+
+
+def _stopped(task: Task, error: BaseException) -> FederationError:
+    return FederationError(
+        f"run {task.cell.key}: {error}; nothing is recorded of it: mend this and start the study again, the"
+        f" run goes on after its last round ({Path(task.config.runs_dir) / task.config.name})"
+    )
 
 
 def _run(config: RunConfig, folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from experiments.compare.jobs import run_all
 from experiments.compare.plan import Cell
 from experiments.compare.report import write_comparison
 from experiments.compare.study import Study, study_from
-from fedmask.errors import ConfigError
+from fedmask.errors import ConfigError, FederationError
 from tests.support import save_two_tasks
 
 
@@ -150,17 +150,55 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(folder: Path, monkeypatch
     assert run(Campaign(campaign.study, out, folder, retry=True)) == ["full/0.01/1"]
 
 
+def test_a_full_disk_is_no_result_and_the_run_goes_on_later(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(runner.Clock):
+        def on_round_end(self, row: Any) -> None:
+            super().on_round_end(row)
+            if row["round"] == 1:
+                raise OSError(28, "No space left on device")
+
+    task = Campaign(study_of(folder), folder / "out", folder).task(Cell("pafi", 1e-2, 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "Clock", Full)
+        with pytest.raises(FederationError, match=r"run pafi/lr-0\.01\.seed-1: .*No space left .* goes on"):
+            runner.run_cell(task)
+    assert not task.target.exists()
+    assert runner.run_cell(task)["resumed"]
+
+
+def test_a_process_passes_on_what_stops_a_study(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "cells").write_text("no folder")  # so no result can be written
+    campaign = Campaign(study_of(folder, seeds=[1]), folder / "out", folder, ["pafi"])
+    campaign.result = lambda cell: None  # type: ignore[method-assign, assignment]
+    with pytest.raises(FederationError, match="nothing is recorded of it"):
+        run(campaign, jobs=2)
+
+
+def test_a_study_needs_a_model_that_the_server_can_score(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"variant 'full': server\.sharing: expected 'all' or 'by-task'"):
+        study_of(folder, run=study_of(folder).run | {"server": {"sharing": "local-heads"}})
+
+
 def test_results_of_other_settings_or_rows_do_not_count(folder: Path) -> None:
     out = folder / "out"
     study = study_of(folder, seeds=[1])
     run(Campaign(study, out, folder, ["pafi"]))
+    (result,) = all_results(out)
+    assert Campaign(study, out, folder).counts(result)
     other = study_of(folder, seeds=[1], run=study.run | {"rounds": 1})
     assert Campaign(other, out, folder, ["pafi"]).progress() == (0, 1)
     lines = (folder / "mood.tsv").read_text().splitlines()
     (folder / "mood.tsv").write_text(
         "\n".join([lines[0], *(f"{line[:5]}x{line[5:]}" for line in lines[1:])]) + "\n"
     )
-    assert Campaign(study, out, folder, ["pafi"]).progress() == (0, 1)
+    changed = Campaign(study, out, folder, ["pafi"])
+    assert changed.progress() == (0, 1)
+    assert not changed.counts(result)
+    rows = {row.name: row for row in write_comparison(study, out, "x", changed.counts) if row.name == "state"}
+    assert ["pafi", "pafi", "0 of 1", "0 of 1", "not started", ""] in [list(r) for r in rows["state"].rows]
 
 
 def test_an_unknown_variant_and_a_damaged_result_are_named(folder: Path) -> None:
