@@ -279,6 +279,13 @@ def test_a_superlink_gives_the_same_bits_and_bytes_and_tells_the_truth(
     assert remote.summary is not None
     assert remote.summary["vector_sha256"] == here.summary["vector_sha256"]
     check_bytes(remote, Ledger.read_jsonl(here.folder / "ledger.jsonl"), wire)
+    # What clients keep between messages (received vector, residuals) lives in Flower's context alone there.
+    ways = {"up": "int4+ef", "down": "int4+delta", "rounds": 2}
+    coarse = run_superlink(config.model_copy(update={"name": "coarse", "precision": "fp32", **ways}))
+    with InProcessGrid(from_dict(record["config"] | {"name": "fine", "precision": "fp32", **ways})) as grid:
+        here = run_on(grid, engine="superlink", client_evaluation=True)
+    assert coarse.summary is not None
+    assert coarse.summary["vector_sha256"] == here.summary["vector_sha256"]
     # flwr run itself ends with exit code 0 for this one.
     broken = config.model_copy(update={"name": "broken", "model": str(superlink.home / "nothing")})
     with pytest.raises(FederationError, match=r"run \d+ ended as finished:failed: ConfigError: .*nothing"):
