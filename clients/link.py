@@ -29,7 +29,13 @@ def received(workspace: Workspace, context: Context, client: int, frame: bytes, 
     """
     keeps = down_way(workspace.config.down).change
     held = (held_vector(context) if keeps else None) or _nothing(workspace, client)
-    found = receive(frame, held, version, lambda at: workspace.down_terms(client, at))
+    found = receive(
+        frame,
+        held,
+        version,
+        lambda at: workspace.change_terms(client, at),
+        workspace.down_terms(client, version),
+    )
     if keeps:
         keep_vector(context, found)
     return found.vector
@@ -45,8 +51,13 @@ def held_version(context: Context) -> int:
 def packed_change(
     workspace: Workspace, context: Context, client: int, round: int, change: np.ndarray
 ) -> bytes:
-    """The envelope of a client's change, float32 ``[n]``; what error feedback carries on is remembered."""
-    return encoded(workspace, context, client, round, change, workspace.up_terms(client, round))
+    """The envelope of a client's change, float32 ``[n]``; what error feedback carries on is remembered.
+
+    What the server alone changes stands first in it, and is not sent.
+    """
+    terms = workspace.up_terms(client, round)
+    own = change[change.size - terms.layout.size :]
+    return encoded(workspace, context, client, round, own, terms)
 
 
 def encoded(

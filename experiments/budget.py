@@ -17,6 +17,7 @@ from fedmask.errors import ConfigError
 from fedmask.flower import ensure_identity
 from fedmask.layout import Layout, Segment
 from fedmask.methods import METHODS, TASK_SPECIFIC
+from fedmask.products import METHOD as EXACT
 from fedmask.shapes import read_shapes, task_layout
 from fedmask.sharing import travelling
 
@@ -52,6 +53,11 @@ def fit_budget(config: RunConfig, labels: Mapping[str, int], budget: int) -> tup
         raise ConfigError(
             "--budget-bytes: with placement 'client' the download grows with the union of the clients' masks;"
             " choose --up and --down yourself, and see fedmask estimate"
+        )
+    if config.method == EXACT:
+        raise ConfigError(
+            f"--budget-bytes: method {EXACT!r} allows few codecs down; choose --up and --down yourself, and"
+            " see fedmask estimate"
         )
     ensure_identity()
     shapes = read_shapes(config)

@@ -11,12 +11,12 @@ from dataclasses import asdict
 from typing import Any
 
 from experiments.expected import Downlink, Pair, Size, joining, recipe_of, scores_size, slowest, up_size
-from fedmask.channel import down_way, value_bytes
+from fedmask.channel import Terms, down_way, value_bytes
 from fedmask.config import RunConfig
 from fedmask.costs import RunFacts, compare, lora_values, query_value_shapes
 from fedmask.errors import ConfigError, unknown
 from fedmask.flower import ensure_identity
-from fedmask.layout import Layout
+from fedmask.layout import Layout, sent
 from fedmask.shapes import Shapes, read_shapes, task_layout
 from fedmask.sharing import travelling
 from fedmask.tasks import assignments, load_task
@@ -79,6 +79,12 @@ def estimate(config: RunConfig, labels: Mapping[str, int], link: tuple[float, fl
         )
     ensure_identity()
     shapes = read_shapes(config)
+    changes = down_way(config.down).change
+    if shapes.products and changes and config.server.clients_per_round:
+        raise ConfigError(
+            f"estimate: method {config.method!r} sends a client what it has missed of the residual, and with"
+            " server.clients_per_round only the run knows what that is; leave it out"
+        )
     tasks = [task for task, _ in assignments(config)]
     layouts = {
         task.name: travelling(
@@ -88,9 +94,14 @@ def estimate(config: RunConfig, labels: Mapping[str, int], link: tuple[float, fl
     }
     schedule = [sample_clients(config, range(config.clients), r) for r in range(1, config.rounds + 1)]
     before = joining(config, shapes)
+    down = {
+        task: shapes.products.change(Terms(layout, "")).layout if shapes.products and changes else layout
+        for task, layout in layouts.items()
+    }
+    layouts = {task: sent(layout) for task, layout in layouts.items()}
     steps = [
         *(("mask", [one] * config.clients) for one in before),
-        *_rounds(config, layouts, tasks, schedule),
+        *_rounds(config, layouts, down, tasks, schedule),
     ]
     found: dict[tuple[str, str], list[Size]] = {}
     for kind, clients in steps:
@@ -125,14 +136,18 @@ def estimate(config: RunConfig, labels: Mapping[str, int], link: tuple[float, fl
 
 
 def _rounds(
-    config: RunConfig, layouts: Mapping[str, Layout], tasks: Sequence[str], schedule: Sequence[Sequence[int]]
+    config: RunConfig,
+    up: Mapping[str, Layout],
+    down: Mapping[str, Layout],
+    tasks: Sequence[str],
+    schedule: Sequence[Sequence[int]],
 ) -> list[tuple[str, list[Pair]]]:
     """What the clients of each round exchange, and all of them in the closing evaluation."""
-    links = {task: Downlink(config.down, layout) for task, layout in layouts.items()}
-    sent = {task: up_size(config.up, layout) for task, layout in layouts.items()}
+    links = {task: Downlink(config.down, layout) for task, layout in down.items()}
+    sizes = {task: up_size(config.up, layout) for task, layout in up.items()}
     out: list[tuple[str, list[Pair]]] = []
     for clients in schedule:
-        out.append(("train", [{"down": links[tasks[c]].receive(c), "up": sent[tasks[c]]} for c in clients]))
+        out.append(("train", [{"down": links[tasks[c]].receive(c), "up": sizes[tasks[c]]} for c in clients]))
         for one in links.values():
             one.end_round()
     said = scores_size()
@@ -162,6 +177,7 @@ def _other_ways(
     schedule: Sequence[Sequence[int]],
     before: Sequence[Pair],
 ) -> dict[str, Any]:
+    changes = down_way(config.down).change
     heads = {task: layout.size - layout.shared_size for task, layout in layouts.items()}
     found = compare(
         RunFacts(
@@ -170,10 +186,11 @@ def _other_ways(
             backbone_size=shapes.backbone_size,
             client_heads=[heads[task] for task in tasks],
             schedule=schedule,
-            beside=sum(segment.size for segment in shapes.shared) - shapes.k,
+            beside=sent(Layout(shapes.shared)).size - shapes.k,
+            down_alone=shapes.products.down_size(changes) if shapes.products else 0,
             up_value_bytes=value_bytes(config.up),
             down_value_bytes=value_bytes(config.down),
-            changes_down=down_way(config.down).change,
+            changes_down=changes,
             recipe_bytes=len(recipe_of(config).encode()),
             once_up_bytes=sum(one["up"].payload for one in before),
             once_down_bytes=sum(one["down"].payload for one in before),

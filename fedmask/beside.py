@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fedmask.trainables import Bottlenecks, LoRA
+from fedmask.trainables import Bottlenecks, CarriedMatrices, LoRA
 from fedmask.tuner import Tuning
 
 _PEFT = """
@@ -54,8 +54,10 @@ def write_beside(tuning: Tuning, source: str, backbone: str, folder: Path) -> st
     ``source``: the pre-trained model's name; ``backbone``: the backbone's name in the card's lines.
     """
     said = ""
+    # With a residual in the weights the factors alone would be half of what was learned.
+    whole = any(isinstance(trainable, CarriedMatrices) for trainable in tuning.trainables)
     for trainable in tuning.trainables:
-        if isinstance(trainable, LoRA):
+        if isinstance(trainable, LoRA) and not whole:
             _write_peft(trainable, source, folder / "peft")
             said += _PEFT.format(source=source)
         if isinstance(trainable, Bottlenecks):

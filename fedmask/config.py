@@ -33,6 +33,7 @@ from fedmask.config_tables import (
 )
 from fedmask.errors import ConfigError, unknown
 from fedmask.methods import METHODS, TASK_SPECIFIC, check_federated, check_masks
+from fedmask.products import check_products
 from fedmask.sharing import check_sharing
 
 __all__ = [
@@ -124,6 +125,7 @@ class RunConfig(Settings):
         check_federated(METHODS[self.method], self.adapter)
         check_masks(self)
         check_sharing(self)
+        check_products(self)
         names = [task.name for task in self.tasks]
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:

@@ -57,6 +57,7 @@ class RunFacts:
     - ``backbone_size``: values of full fine-tuning, heads outside
     - ``client_heads``: head values of each client; ``schedule``: the clients of each round
     - ``beside``: further shared values that travel with any mask, such as feed-forward biases
+    - ``down_alone``: values that this run sends down and never up (``fedmask.products``)
     - ``up_value_bytes``, ``down_value_bytes``: bytes a value each way (``fedmask.channel.value_bytes``)
     - ``changes_down``: what is sent down is the change since the version before, in every way
     - ``recipe_bytes``: what a client receives to derive the shared mask
@@ -73,6 +74,7 @@ class RunFacts:
     client_heads: Sequence[int]
     schedule: Sequence[Sequence[int]]
     beside: int = 0
+    down_alone: int = 0
     up_value_bytes: float = 4.0
     down_value_bytes: float = 4.0
     changes_down: bool = False
@@ -254,8 +256,9 @@ def _once(way: str, facts: RunFacts, up: int, down: int, not_charged: str, indic
         for client in sampled:
             new = client not in seen
             seen.add(client)
-            total.message("down", facts.k + facts.beside, client, down * new, indices * new)
-            total.message("up", facts.k + facts.beside, client, up * new, indices * new)
+            values = facts.k + facts.beside
+            total.message("down", values + facts.down_alone, client, down * new, indices * new)
+            total.message("up", values, client, up * new, indices * new)
     return total.cost(way, not_charged)
 
 

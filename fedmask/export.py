@@ -21,7 +21,7 @@ from fedmask.beside import write_beside
 from fedmask.config import from_dict
 from fedmask.delta import Delta, read_delta
 from fedmask.errors import CheckpointError, ConfigError
-from fedmask.layout import HEAD_PREFIX, Layout
+from fedmask.layout import HEAD_PREFIX, Layout, sent
 from fedmask.models import MeanHead, OwnHead
 from fedmask.sharing import stored_names
 from fedmask.training import Stream, tuned
@@ -244,7 +244,7 @@ def _write(workspace: Workspace, task: str, delta: Delta, folder: Path) -> None:
         task=task,
         source=workspace.config.model,
         method=workspace.config.method,
-        k=workspace.k + beside_size(workspace.layout(task)),
+        k=workspace.k + beside_size(sent(workspace.layout(task))),
         use=use + beside,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

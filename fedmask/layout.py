@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 HEAD_PREFIX = "head/"
+RESIDUAL = "residual"
+"""The segment that the server alone changes (fedmask.products): it travels down and never up."""
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,8 @@ class Layout:
             out[segment.name] = slice(start, start + segment.size)
             start += segment.size
         return out
+
+
+def sent(layout: Layout) -> Layout:
+    """The segments of a client's vector that it sends: all but what the server alone changes."""
+    return Layout(tuple(segment for segment in layout.segments if segment.name != RESIDUAL))

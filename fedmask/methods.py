@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fedmask.masks import Mask
     from fedmask.trainables import Trainable
 
-Dense = Literal["full", "bitfit", "lora", "ffa-lora", "adapter"]
+Dense = Literal["full", "bitfit", "lora", "ffa-lora", "fedex-lora", "adapter"]
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,25 @@ _ALL = (
         "this project",
         "random-matched",
     ),
+    Method(
+        "s2ft",
+        "random whole channels of the feed-forward part",
+        "after S2FT, arXiv 2412.06289",
+        "random-channels",
+    ),
     Method("largest", "largest-magnitude mask (control)", "arXiv 2305.16742, ablation", "largest"),
     Method("full", "full fine-tuning of the backbone", "FedAvg, arXiv 1602.05629", dense="full"),
     Method("bitfit", "all biases of the backbone", "BitFit, arXiv 2106.10199", dense="bitfit"),
     Method("lora", "low-rank factors beside query and value", "LoRA, arXiv 2106.09685", dense="lora"),
     Method("ffa-lora", "LoRA with A frozen", "FFA-LoRA, arXiv 2403.12313", dense="ffa-lora"),
+    # Changes are sent down, so that a client receives what is new of the residual and not the whole of it.
+    Method(
+        "fedex-lora",
+        "LoRA whose products are averaged, by a residual in the weights",
+        "FedEx-LoRA, arXiv 2410.09432",
+        dense="fedex-lora",
+        down="fp32+delta",
+    ),
     # Without error feedback both ways, as in the paper's code; the head's values take part in the choice.
     Method(
         "flasc",
@@ -123,10 +137,12 @@ def backbone_trainables(
     from fedmask.space import backbone_of
     from fedmask.trainables import (
         BiasAdapters,
+        CarriedMatrices,
         DenseTensors,
         MaskedEntries,
         MaskedWeightAdapters,
         feed_forward_biases,
+        target_layers,
     )
 
     adapter = config.adapter
@@ -146,7 +162,11 @@ def backbone_trainables(
     if method.biases == "direct":
         parts.append(DenseTensors("bias", backbone_of(model), feed_forward_biases(model)))
     if method.dense is not None:
-        parts.append(_dense(method.dense, model, config))
+        trained = _dense(method.dense, model, config)
+        if method.dense == "fedex-lora":
+            layers = target_layers(model, config.lora.targets)
+            parts.append(CarriedMatrices(model, [f"{layer}.weight" for layer in layers]))
+        parts.append(trained)
     return parts
 
 
@@ -162,7 +182,7 @@ def _dense(kind: Dense, model: nn.Module, config: RunConfig) -> Trainable:
             return WholeTensors("backbone", backbone_of(model), list(backbone_parameters(model)))
         case "bitfit":
             return DenseTensors("bias", backbone_of(model), biases(model))
-        case "lora" | "ffa-lora":
+        case "lora" | "ffa-lora" | "fedex-lora":
             return LoRA(model, draw, **config.lora.model_dump(), freeze_down=kind == "ffa-lora")
         case "adapter":
             sizes = {"bottleneck": config.adapter.bottleneck, "activation": config.adapter.activation}

@@ -20,6 +20,7 @@ from fedmask.layout import HEAD_PREFIX, Layout, Segment
 from fedmask.masks import mask_size
 from fedmask.methods import METHODS, backbone_trainables
 from fedmask.models import HeadKind, OwnHead, head_parameters, model_source
+from fedmask.products import Products, products_of
 from fedmask.space import ParameterSpace, backbone_parameters, shape_space
 
 
@@ -27,7 +28,8 @@ from fedmask.space import ParameterSpace, backbone_parameters, shape_space
 class Shapes:
     """A method on a model: ``shared`` are the segments that all clients share, in order.
 
-    ``k`` masked values out of ``space`` (None without a mask); ``matrices``: shapes of all backbone tensors.
+    ``k`` masked values out of ``space`` (None without a mask); ``backbone``: shapes of all backbone tensors;
+    ``products``: see ``fedmask.workspace.Workspace``.
     """
 
     shared: tuple[Segment, ...]
@@ -35,6 +37,7 @@ class Shapes:
     space: ParameterSpace | None
     backbone: dict[str, tuple[int, ...]]
     model: nn.Module
+    products: Products | None = None
 
     @property
     def backbone_size(self) -> int:
@@ -54,7 +57,8 @@ def read_shapes(config: RunConfig) -> Shapes:
         parts = [] if on_weights else backbone_trainables(bare, model, None, config)
         shared = [Segment("mask", k)] * bool(k) + [Segment(part.segment, part.size) for part in parts]
     shapes = {name: tuple(p.shape) for name, p in backbone_parameters(model).items()}
-    return Shapes(tuple(shared), k, space, shapes, model)
+    products = products_of(parts, config) if method.dense == "fedex-lora" else None
+    return Shapes(tuple(shared), k, space, shapes, model, products)
 
 
 def task_layout(shapes: Shapes, task: str, outputs: int, head: HeadKind) -> Layout:

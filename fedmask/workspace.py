@@ -7,6 +7,7 @@ its random stream; the backbone is loaded once a process.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 from typing import cast as as_type
@@ -19,12 +20,13 @@ from fedmask.channel import Terms
 from fedmask.config import RunConfig, ScoreConfig
 from fedmask.errors import ConfigError, unknown
 from fedmask.kernels import available_kernels
-from fedmask.layout import HEAD_PREFIX, Layout
+from fedmask.layout import HEAD_PREFIX, Layout, sent
 from fedmask.masks import Evidence, Mask, Scores, score_entries
 from fedmask.methods import METHODS, backbone_trainables
 from fedmask.models import Backbone, MeanHead, OwnHead, head_parameters, load_backbone, task_model
 from fedmask.positions import Positions, UnionTerms
 from fedmask.precision import PRECISIONS, Precision, cast
+from fedmask.products import Products, products_of
 from fedmask.rng import rng_for
 from fedmask.run_masks import RunMasks
 from fedmask.sharing import travelling
@@ -212,9 +214,25 @@ class Workspace(RunMasks):
         """What the values mean that the server sends ``client`` as version ``version``."""
         return Terms(travelling(self.layout(self.task_of(client)), self.config.server.sharing), self.digest)
 
+    @cached_property
+    def products(self) -> Products | None:
+        """What the exact mean of LoRA's products needs to know; None for other methods."""
+        if METHODS[self.config.method].dense != "fedex-lora":
+            return None
+        return products_of(tuning_of(self.model(self.tasks[0])).trainables, self.config)
+
+    def change_terms(self, client: int, version: int, factors: np.ndarray | None = None) -> Terms:
+        """What the values mean of the change that leads ``client`` to version ``version``.
+
+        ``factors`` (float32, flat): what the server has to say of the products in it.
+        """
+        whole = self.down_terms(client, version)
+        return whole if self.products is None else self.products.change(whole, factors)
+
     def up_terms(self, client: int, round: int) -> Terms:
         """What the values mean that ``client`` sends in round ``round``."""
-        return self.down_terms(client, round)
+        whole = self.down_terms(client, round)
+        return replace(whole, layout=sent(whole.layout))
 
     def stream_of(self, client: int) -> str:
         """Which of the server's vectors the client receives: clients of one stream get the same bytes."""

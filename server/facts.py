@@ -9,7 +9,7 @@ import numpy as np
 
 from fedmask.config import RunConfig
 from fedmask.kernels import available_kernels
-from fedmask.layout import Layout
+from fedmask.layout import Layout, sent
 from fedmask.views import up_layout
 from fedmask.workspace import Workspace
 from server.record import machine, versions
@@ -59,7 +59,7 @@ def _facts(workspace: Workspace, config: RunConfig) -> dict[str, Any]:
 def _sent(workspace: Workspace, task: str) -> Layout:
     """The segments that a client sends."""
     layout = workspace.layout(task)
-    return up_layout(layout, workspace.k) if workspace.config.has_views else layout
+    return up_layout(layout, workspace.k) if workspace.config.has_views else sent(layout)
 
 
 def _partition(workspace: Workspace, client: int) -> dict[str, Any]:

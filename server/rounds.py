@@ -146,7 +146,7 @@ class Federation:
         own = {reply.client: reply.indices for reply in good if reply.indices is not None}
         holders = state.holders.with_round(round, own) if own else state.holders
         after = RunState(round, combined.shared, combined.heads, state.public, held, holders)
-        after.publish(self.workspace)
+        after.publish(self.workspace, combined.factors)
         row.update(self._measured(good))
         row["replied"] = sorted(reply.client for reply in good)
         row["selected"] = list(combined.selected)

@@ -72,21 +72,24 @@ class RunState:
             elif version < self.held.get(client, 0):
                 self.held[client] = version
 
-    def publish(self, workspace: Workspace) -> None:
-        """Let ``public`` follow a round that has changed ``shared`` and ``heads``."""
+    def publish(self, workspace: Workspace, factors: np.ndarray | None = None) -> None:
+        """Let ``public`` follow a round that has changed ``shared`` and ``heads``.
+
+        ``factors``: float32, flat, what the residual has grown by (``Combined``).
+        """
         codec, terms = down_way(workspace.config.down).codec, {}
         if workspace.config.has_views:
             codec = change_way(workspace.config.down).codec
         for client in range(workspace.config.clients):
             if (stream := workspace.stream_of(client)) not in terms:
-                terms[stream] = self._terms(workspace, client)
+                terms[stream] = self._terms(workspace, client, factors)
         self.public = {
             stream: advance(public, self.exact(stream), terms[stream], codec)
             for stream, public in self.public.items()
         }
 
-    def _terms(self, workspace: Workspace, client: int) -> Terms:
+    def _terms(self, workspace: Workspace, client: int, factors: np.ndarray | None) -> Terms:
         """What the values of the change that leads to this state mean."""
         if not workspace.config.has_views:
-            return workspace.down_terms(client, self.round)
+            return workspace.change_terms(client, self.round, factors)
         return workspace.union_terms(client, self.positions(workspace)).change(self.round)

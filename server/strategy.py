@@ -47,12 +47,17 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Combined:
-    """Vectors after a round (float32), the clients that counted, a note when the old ones were kept."""
+    """Vectors after a round (float32), the clients that counted, a note when the old ones were kept.
+
+    ``factors``: float32, flat, of which products the shared vector's residual has grown by
+    (``fedmask.products``).
+    """
 
     shared: np.ndarray
     heads: dict[str, np.ndarray]
     selected: tuple[int, ...]
     note: str = ""
+    factors: np.ndarray | None = None
 
 
 class Tally(Protocol):
@@ -179,7 +184,7 @@ class ServerStrategy:
     def _run_inner(
         self, round: int, shared: np.ndarray, ordered: Sequence[Contribution]
     ) -> np.ndarray | None:
-        weights = _weights(ordered, self.task_weighting)
+        weights = reply_weights(ordered, self.task_weighting)
         messages = []
         for reply, weight in zip(ordered, weights, strict=True):
             moved = (shared + reply.change[: shared.size]).astype(np.float32, copy=False)
@@ -259,7 +264,7 @@ class _Held:
         return self.strategy.combine(self.round, self.shared, self.heads, self.replies)
 
 
-def _weights(replies: Sequence[Contribution], task_weighting: str) -> list[float]:
+def reply_weights(replies: Sequence[Contribution], task_weighting: str) -> list[float]:
     """The weight of each reply: its rows, scaled so that every task's total is the same when asked for.
 
     With one task the factor is exactly 1, so the plain row counts reach the strategy.

@@ -13,6 +13,7 @@ from fedmask.channel import down_way, value_bytes
 from fedmask.codecs import pack_indices
 from fedmask.costs import RunFacts, compare, lora_values, query_value_shapes
 from fedmask.delta import write_delta
+from fedmask.layout import sent
 from fedmask.methods import TASK_SPECIFIC
 from fedmask.sharing import stored_names, travelling
 from fedmask.space import backbone_parameters
@@ -61,7 +62,8 @@ def costs(
     sharing = config.server.sharing
     layouts = {task: travelling(workspace.layout(task), sharing) for task in workspace.tasks}
     heads = {task: layout.size - layout.shared_size for task, layout in layouts.items()}
-    beside = beside_size(next(iter(layouts.values())))
+    beside = beside_size(sent(next(iter(layouts.values()))))
+    changes, products = down_way(config.down).change, workspace.products
     backbone = backbone_parameters(workspace.backbone.model)
     recipe = workspace.recipe()
     once = _for_the_mask(workspace)
@@ -74,8 +76,9 @@ def costs(
             schedule=schedule,
             up_value_bytes=value_bytes(config.up),
             down_value_bytes=value_bytes(config.down),
-            changes_down=down_way(config.down).change,
+            changes_down=changes,
             beside=beside,
+            down_alone=products.down_size(changes) if products else 0,
             recipe_bytes=len(recipe.to_json().encode()) if recipe else 0,
             once_up_bytes=once[0],
             once_down_bytes=once[1],

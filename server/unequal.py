@@ -18,6 +18,7 @@ from fedmask.errors import ConfigError, FederationError
 from fedmask.unions import Indices, SparseChange, grow, put, take
 from fedmask.workspace import Workspace
 from server.catalogue import MEAN, resolve
+from server.exact import ExactTally
 from server.state import RunState
 from server.strategy import Combined, Contribution, Strategy, Tally
 
@@ -47,6 +48,9 @@ def refuse_strategy(config: RunConfig) -> None:
 def start_tally(strategy: Strategy, workspace: Workspace, state: RunState, most_examples: int) -> Tally:
     """The round after ``state``, whatever masks its clients have."""
     round, heads = state.round + 1, state.heads
+    if workspace.products is not None:
+        tally = strategy.start(round, state.shared[workspace.products.residual_size :], heads, most_examples)
+        return ExactTally(tally, workspace.products, workspace.config, state.shared)
     if not workspace.config.has_views:
         return strategy.start(round, state.shared, heads, most_examples)
     known = state.positions(workspace).known(state.round)

@@ -9,7 +9,7 @@ import copy
 from functools import lru_cache
 
 from fedmask.config import RunConfig
-from fedmask.layout import HEAD_PREFIX
+from fedmask.layout import HEAD_PREFIX, sent
 from fedmask.masks import mask_size
 from fedmask.models import Backbone, load_backbone
 from fedmask.tuner import tuning_of
@@ -47,7 +47,7 @@ def mask_values(workspace: Workspace) -> int:
 
 def sent_values(workspace: Workspace) -> int:
     """Values that a client sends in a round, heads outside."""
-    segments = workspace.layout(workspace.tasks[0], _unmasked(workspace)).segments
+    segments = sent(workspace.layout(workspace.tasks[0], _unmasked(workspace))).segments
     beside = sum(s.size for s in segments if s.shared and s.name not in _MASKED)
     return beside + mask_values(workspace)
 

@@ -9,7 +9,7 @@ from fedmask.channel.frames import Frame, payload_bytes, read_frame, write_frame
 from fedmask.channel.public import Public, advance, frame_for, start_public, whole_frame
 from fedmask.channel.received import Behind, Received, receive
 from fedmask.channel.residual import Residual
-from fedmask.channel.terms import Places, Terms
+from fedmask.channel.terms import Places, Step, Terms
 from fedmask.channel.ways import Down, change_way, down_way, up_codec, value_bytes
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Public",
     "Received",
     "Residual",
+    "Step",
     "Terms",
     "advance",
     "change_way",

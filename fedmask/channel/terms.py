@@ -3,54 +3,78 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmask.layout import Layout
 
+Vector = NDArray[np.float32]
+
+
+class Step(Protocol):
+    """How the values of a change lead from one version of the vector to the next."""
+
+    def grown(self, vector: Vector) -> Vector:
+        """``vector`` (float32 ``[n before]``) with room for the entries that come new with the change."""
+
+    def taken(self, difference: Vector) -> Vector:
+        """The values of the message (float32 ``[m]``), of the difference (float32 ``[n]``) that it is for."""
+
+    def moved(self, grown: Vector, change: Vector) -> Vector:
+        """A grown vector (float32 ``[n]``) and the message's values (float32 ``[m]``): the next vector."""
+
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """How a vector of a growing union becomes the next one.
+    """The step of a growing union of entries.
 
-    ``size``: its length then; ``kept``: int64 ``[n before]``, where the values go that it had; ``moved``:
-    int64 ``[m]``, where the values of the message go.
+    ``size``: the vector's length then; ``kept``: int64 ``[n before]``, where the values go that it had;
+    ``places``: int64 ``[m]``, where the values of the message go.
     """
 
     size: int
     kept: NDArray[np.int64]
-    moved: NDArray[np.int64]
+    places: NDArray[np.int64]
+
+    def grown(self, vector: Vector) -> Vector:
+        """See ``Step``."""
+        out = np.zeros(self.size, np.float32)
+        out[self.kept] = vector
+        return out
+
+    def taken(self, difference: Vector) -> Vector:
+        """See ``Step``."""
+        return difference[self.places]
+
+    def moved(self, grown: Vector, change: Vector) -> Vector:
+        """See ``Step``."""
+        out = grown.copy()
+        out[self.places] += change
+        return out
 
 
 @dataclass(frozen=True)
 class Terms:
     """The segments of a message's values and the digest of the mask (64 hex digits) that they live on.
 
-    The down-link's and the up-link's may differ, by client and by round. ``places``: where a change of some
-    of a growing vector's entries goes; None: the vector keeps its entries and all of them change.
+    The down-link's and the up-link's may differ, by client and by round. ``step``: what a change makes of
+    the vector; None: it keeps its entries, and each of them has a value that is added.
     """
 
     layout: Layout
     digest: str
-    places: Places | None = None
+    step: Step | None = None
 
-    def grown(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
-        """``vector`` (float32 ``[n before]``) with room for the entries that come new with the change."""
-        if self.places is None:
-            return vector
-        out = np.zeros(self.places.size, np.float32)
-        out[self.places.kept] = vector
-        return out
+    def grown(self, vector: Vector) -> Vector:
+        """See ``Step``: float32."""
+        return vector if self.step is None else self.step.grown(vector)
 
-    def taken(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Of a grown vector (float32 ``[n]``) the entries that the message has values for."""
-        return vector if self.places is None else vector[self.places.moved]
+    def taken(self, difference: Vector) -> Vector:
+        """See ``Step``: float32."""
+        return difference if self.step is None else self.step.taken(difference)
 
-    def moved(self, grown: NDArray[np.float32], change: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A grown vector (float32 ``[n]``) plus the change (float32 ``[m]``) in its places."""
-        if self.places is None:
-            return grown + change
-        out = grown.copy()
-        out[self.places.moved] += change
-        return out
+    def moved(self, grown: Vector, change: Vector) -> Vector:
+        """See ``Step``: float32."""
+        return grown + change if self.step is None else self.step.moved(grown, change)

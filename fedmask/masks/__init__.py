@@ -15,6 +15,7 @@ from fedmask.config import ScoreConfig
 from fedmask.errors import ConfigError, DataError, expect, unknown
 from fedmask.masks.base import Mask, Recipe, Rule, mask_from_indices, mask_size
 from fedmask.masks.budgets import density_of, fish_entries, lt_sft_eligible
+from fedmask.masks.channels import channels
 from fedmask.masks.diff_pruning import diff_pruning
 from fedmask.masks.fisher import fish
 from fedmask.masks.gradient import gradient, gradient_mask
@@ -30,6 +31,7 @@ RULES: dict[str, Callable[[nn.Module, Rule], Mask]] = {
     "largest": largest,
     "random": random,
     "random-matched": random_matched,
+    "random-channels": channels,
 }
 SCORERS: dict[str, Scorer] = {
     "fish": fish,
@@ -92,6 +94,7 @@ __all__ = [
     "Scores",
     "agree_by_scores",
     "agree_by_votes",
+    "channels",
     "density_of",
     "derive_mask",
     "diff_pruning",

@@ -17,6 +17,7 @@ from fedmask.trainables.carried import CarriedEntries
 from fedmask.trainables.dense import DenseTensors
 from fedmask.trainables.lora import LoRA, target_layers
 from fedmask.trainables.masked import MaskedEntries
+from fedmask.trainables.residual import CarriedMatrices
 from fedmask.trainables.whole import WholeTensors
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "BiasAdapters",
     "Bottlenecks",
     "CarriedEntries",
+    "CarriedMatrices",
     "DenseTensors",
     "Draw",
     "LoRA",

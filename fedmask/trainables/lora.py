@@ -88,12 +88,15 @@ class LoRA(Drawn):
         matrices = {slot.name: slot for slot in slots}
         turned = [is_conv1d(matrices[f"{name}.weight"].module) for name in layers]
         shapes = [tuple(matrices[f"{name}.weight"].tensor.shape) for name in layers]
-        sides = [shape[::-1] if turn else shape for shape, turn in zip(shapes, turned, strict=True)]
+        sides = [
+            (shape[1], shape[0]) if turn else (shape[0], shape[1])
+            for shape, turn in zip(shapes, turned, strict=True)
+        ]
         downs = [_kaiming(draw, name, rank, side[1]) for name, side in zip(layers, sides, strict=True)]
         ups = [torch.zeros(side[0] * rank) for side in sides]
         both = [part for pair in zip(downs, ups, strict=True) for part in pair]
         super().__init__("lora", slots, ups if freeze_down else both)
-        self.layers, self.turned = layers, turned
+        self.layers, self.turned, self.sides = layers, turned, sides  # sides: (outputs, inputs)
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         self._frozen = downs if freeze_down else None
         self._order = {f"{name}.weight": i for i, name in enumerate(layers)}

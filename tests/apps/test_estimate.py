@@ -25,6 +25,7 @@ LABELS = {"mood": 2, "topic": 3}
         {"method": "hiwi", "up": "topk:0.1/int8", "down": "int4+delta", "server": {"clients_per_round": 2}},
         {"method": "gradient", "up": "int8", "down": "int4+delta", "rounds": 3},
         {"method": "lora", "up": "sign", "down": "fp16"},
+        {"method": "fedex-lora", "up": "fp16", "lora": {"rank": 2}},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -78,6 +79,8 @@ def test_masks_that_differ_are_not_estimated(make_config: MakeConfig) -> None:
     ):
         with pytest.raises(ConfigError, match="expected one fixed mask"):
             estimate(make_config(**changes), LABELS, (10.0, 50.0))
+    with pytest.raises(ConfigError, match="only the run knows what that is"):
+        estimate(make_config(method="fedex-lora", server={"clients_per_round": 2}), LABELS, (10.0, 50.0))
 
 
 @pytest.mark.parametrize("text", ["10", "0/5", "a/b", "10/50/1", "inf/5", "wifi"])

@@ -45,7 +45,8 @@ def test_two_rounds(
     least, most = (total, total + total // 9) if method == "flasc" else (4 * total, 4 * total)
     for row in rows[1:]:
         assert least <= row["bytes"]["up"] <= most + 3 * 300
-        assert least <= row["bytes"]["down"] <= most + 3 * 300
+        if method != "fedex-lora":  # see test_products
+            assert least <= row["bytes"]["down"] <= most + 3 * 300
 
     # Something of every segment has moved.
     delta = read_delta(result.folder / "delta.safetensors")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fedmask.config import ScoreConfig
+from fedmask.errors import ConfigError
 from fedmask.masks import Evidence, Rule, Scores, agree_by_scores, agree_by_votes, pack_top_scores, pack_votes
 from fedmask.masks import score_entries as score
 from fedmask.space import ParameterSpace, parameter_space
@@ -78,3 +79,37 @@ def test_the_smallest_weights_in_ten_lines_of_numpy() -> None:
     k = round(0.005 * weights.size)
     wanted = np.sort(np.argsort(weights, kind="stable")[:k])
     assert np.array_equal(magnitude_mask(model, 0.005).indices, wanted)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [("bert", ".output.dense.weight"), ("gpt2", "mlp.c_proj.weight"), ("llama", "down_proj.weight")],
+)
+def test_channels_are_whole_columns_of_the_last_feed_forward_matrix(architecture: str, name: str) -> None:
+    """Counted in the matrices themselves: 64 (GPT-2: 128) channels of 32 outputs a block, two blocks."""
+    from fedmask.masks import derive_mask
+    from fedmask.space import backbone_parameters
+    from tests.support import make_model
+
+    model = make_model(architecture)
+    wanted = [n for n in backbone_parameters(model) if n.endswith(name) and ".attention." not in n]
+    size = parameter_space(model).eligible_size
+    found, hidden = {}, 128 if architecture == "gpt2" else 64
+    for seed in (1, 2):
+        # 3 channels and a half in each of the two blocks
+        mask = derive_mask(model, Rule("random-channels", 224 / size, seed=seed))
+        found[seed] = mask.per_tensor()
+        assert mask.k == 224 and list(found[seed]) == wanted
+        for indices in found[seed].values():
+            matrix = np.zeros(hidden * 32)
+            matrix[indices] = 1
+            columns = matrix.reshape(-1, 32).T if architecture == "gpt2" else matrix.reshape(32, -1)
+            assert sorted(columns.sum(axis=0)[columns.sum(axis=0) > 0]) == [16, 32, 32, 32]
+            (part,) = np.flatnonzero(columns.sum(axis=0) == 16)
+            assert columns[:16, part].all()
+    assert any(not np.array_equal(found[1][n], found[2][n]) for n in wanted)
+    most = 2 * hidden * 32
+    whole = derive_mask(model, Rule("random-channels", most / size))
+    assert sum(part.size for part in whole.per_tensor().values()) == most
+    with pytest.raises(ConfigError, match=f"hold .{most:,}.; give at most {most / size:.4f}"):
+        derive_mask(model, Rule("random-channels", 0.5))
