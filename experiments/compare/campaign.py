@@ -75,7 +75,7 @@ class Campaign:
 
     def counts(self, result: Mapping[str, Any]) -> bool:
         """Whether a result was made of the rows that are there now, and of tasks as the study states them."""
-        return bool(result.get("fingerprint") == fingerprint(result["settings"], self.study, self.prepared))
+        return made_of(self.study, self.prepared, result)
 
     def winner(self, variant: Variant) -> Winner | None:
         """The learning rate of the variant's further seeds; None while its search goes on."""
@@ -119,6 +119,11 @@ class Campaign:
             cells += repeats(self.study, variant, winner.lr) if winner else []
             done += sum(self.result(cell) is not None for cell in cells)
         return done, total
+
+
+def made_of(study: Study, prepared: Mapping[str, Prepared], result: Mapping[str, Any]) -> bool:
+    """Whether a result was made of the rows in ``prepared`` and of tasks as the study states them."""
+    return bool(result.get("fingerprint") == fingerprint(result["settings"], study, prepared))
 
 
 def _from_the_middle(cells: list[Cell]) -> list[Cell]:

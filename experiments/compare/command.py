@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.compare.campaign import Campaign
-from experiments.compare.choose import score_of
-from experiments.compare.data import data_folder
+from experiments.compare.campaign import Campaign, made_of
+from experiments.compare.choose import Result, score_of
+from experiments.compare.data import data_folder, prepare
 from experiments.compare.jobs import run_all
 from experiments.compare.report import PAGE, write_comparison
-from experiments.compare.study import load_study
+from experiments.compare.study import Study, load_study
 from experiments.compare.tables import Table
 from experiments.display import print_json, print_table
 from experiments.options import STUDIES
-from fedmask.errors import ConfigError
+from fedmask.errors import ConfigError, DataError
 
 QUICK = STUDIES / "compare" / "quick.toml"
+NOT_CHECKED = (
+    "The study's rows were not at hand when this page was written, so it was not checked that the results are"
+    " of these rows."
+)
 
 
 def compare(
@@ -43,14 +49,26 @@ def compare(
     source = path or QUICK
     study = load_study(source)
     folder = out or Path("runs") / "compare" / study.name
-    campaign = None
-    if not report_only:
+    if report_only:
+        counts, note = _counted(study, data_folder(data))
+    else:
         campaign = Campaign(study, folder, data_folder(data), only, retry=retry)
         _run(campaign, jobs)
+        counts, note = campaign.counts, ""
     shown = "fedmask compare --quick" if quick else f"fedmask compare {_relative(source)}"
-    more = {"counts": campaign.counts} if campaign else {}  # the report alone has no rows to compare with
-    tables = write_comparison(study, folder, shown, **more)
+    tables = write_comparison(study, folder, shown, counts, note)
     _show(tables, folder, as_json=as_json)
+
+
+def _counted(study: Study, data: Path | None) -> tuple[Callable[[Result], bool], str]:
+    """Which results the report alone counts: those of the rows that are there now; else all, and a note."""
+    try:
+        with tempfile.TemporaryDirectory() as cut:
+            prepared = prepare(study, data, Path(cut))
+    except (ConfigError, DataError) as error:
+        _say(f"not checked that the results are of the study's rows, which are not there: {error}")
+        return lambda result: True, NOT_CHECKED
+    return partial(made_of, study, prepared), ""
 
 
 def _relative(path: Path) -> str:

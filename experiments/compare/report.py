@@ -17,13 +17,17 @@ PAGE = "report.md"
 
 
 def write_comparison(
-    study: Study, out: Path, command: str, counts: Callable[[Result], bool] = lambda result: True
+    study: Study,
+    out: Path,
+    command: str,
+    counts: Callable[[Result], bool] = lambda result: True,
+    note: str = "",
 ) -> list[Table]:
     """Write ``report.md``, ``tables/*.{md,csv,tex}`` and ``figures/*.png`` into ``out``; the tables.
 
     ``command``: what makes it all again, which stands above the tables. ``counts``: which results are left
-    in, where the study's rows are at hand to tell (``Campaign.counts``). Raises ConfigError for a damaged
-    result.
+    in, where the study's rows are at hand to tell (``Campaign.counts``); ``note``: what to say of it. Raises
+    ConfigError for a damaged result.
     """
     rows = summarize(study, [result for result in all_results(out) if counts(result)])
     tables = all_tables(study, rows)
@@ -33,12 +37,17 @@ def write_comparison(
     for table in tables:
         for ending, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
             _write(folder / f"{table.name}.{ending}", text)
-    _write(out / PAGE, page(study, rows, tables, figures, command))
+    _write(out / PAGE, page(study, rows, tables, figures, command, note))
     return tables
 
 
 def page(
-    study: Study, rows: Sequence[Summary], tables: Sequence[Table], figures: Sequence[str], command: str
+    study: Study,
+    rows: Sequence[Summary],
+    tables: Sequence[Table],
+    figures: Sequence[str],
+    command: str,
+    note: str = "",
 ) -> str:
     """The study's page as Markdown."""
     parts = [f"# {study.title or study.name}\n", f"```sh\n{command}\n```\n", _setting(study)]
@@ -47,7 +56,7 @@ def page(
     edges = [row.name for row in rows if row.winner is not None and row.winner.edge and not row.provisional]
     if edges:
         parts.append(f"At the edge of their grids, so a better rate may lie outside: {', '.join(edges)}.\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, f"{note}\n"] if note else parts)
 
 
 def _setting(study: Study) -> str:

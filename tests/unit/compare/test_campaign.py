@@ -10,6 +10,7 @@ import pytest
 
 import experiments.compare.runner as runner
 from experiments.compare.campaign import Campaign, all_results
+from experiments.compare.command import NOT_CHECKED, compare
 from experiments.compare.jobs import run_all
 from experiments.compare.plan import Cell
 from experiments.compare.report import write_comparison
@@ -246,3 +247,48 @@ def test_masks_of_any_placement_come_to_a_result(folder: Path) -> None:
     assert found["rotate"]["bytes"]["up_per_client_round"] == pytest.approx(
         shared["up_per_client_round"], rel=0.05
     )
+
+
+def test_a_report_alone_leaves_out_results_of_other_rows_or_says_that_it_cannot_tell(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"""
+name = "small"
+narrow = "a test"
+seeds = [1]
+[run]
+model = "{folder / "model"}"
+rounds = 1
+overlap_batches = 0
+partition = {{ held_out = 0.0 }}
+train = {{ max_tokens = 16, batch_size = 8, steps = 1 }}
+[[tasks]]
+name = "mood"
+train = "mood.tsv"
+reported = "mood.tsv"
+clients = 2
+train_rows = 80
+validation_rows = 40
+reported_rows = 60
+[[variants]]
+name = "pafi"
+method = "pafi"
+lr = [1e-2]
+"""
+    study, out = folder / "small.toml", folder / "out"
+    study.write_text(text, encoding="utf-8")
+
+    def report(data: Path | None, *, only_report: bool = True) -> str:
+        compare(study, quick=False, data=data, out=out, only=(), jobs=1, retry=False,
+                report_only=only_report, as_json=True)  # fmt: skip
+        tables = json.loads(capsys.readouterr().out)["tables"]
+        return str(tables["state"][0][""])
+
+    assert report(folder, only_report=False) == report(folder) == "complete"
+    page = out / "report.md"
+    assert NOT_CHECKED not in page.read_text()
+    assert report(folder / "elsewhere") == "complete"
+    assert NOT_CHECKED in page.read_text()
+    rows = (folder / "mood.tsv").read_text().replace("\tyes", "\tno", 1)
+    (folder / "mood.tsv").write_text(rows)
+    assert report(folder) == "not started"
