@@ -180,11 +180,15 @@ def export(
 
 
 @app.command()
-def report(run: RunFolder, json: Json = False) -> None:
+def report(
+    run: RunFolder,
+    beside: Annotated[Path | None, typer.Option(help="Another run on the same shards.")] = None,
+    json: Json = False,
+) -> None:
     """Write a run's report and figures again."""
     from experiments.commands import rebuild_report
 
-    rebuild_report(run, as_json=json)
+    rebuild_report(run, beside, as_json=json)
 
 
 @app.command()

@@ -160,15 +160,21 @@ def show_estimate(config: RunConfig, labels: str | None, link: str, *, as_json: 
           f" {seconds['round']:.2f} s a round, {seconds['run']:.1f} s in all (transfer alone).")  # fmt: skip
 
 
-def rebuild_report(folder: Path, *, as_json: bool) -> None:
-    """Write the report again. Raises ConfigError when the folder holds no finished run."""
+def rebuild_report(folder: Path, other: Path | None, *, as_json: bool) -> None:
+    """Write the report again, and set another run beside it. Raises ConfigError for what is no finished run,
+    or one on other shards."""
+    from experiments.beside import beside, read_beside, table
     from experiments.report import write_report
 
-    path = write_report(folder)
+    path = write_report(folder, other)
+    run = read_run(folder)
+    second = None if other is None else read_beside(run, other)
     if as_json:
-        print_json({"report": str(path)})
-    else:
-        print(path)
+        print_json({"report": str(path), "beside": [] if second is None else beside(run, second)})
+        return
+    if second is not None:
+        print_table(*table(run, second))
+    print(path)
 
 
 def export_run(folder: Path, to: Path, *, overwrite: bool, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""The figures of ``fedmask overlap``: the union's growth, who agrees with whom, and where the entries lie."""
+"""Table and figures of ``fedmask overlap``: the union's growth, who agrees with whom, where entries lie."""
 
 from __future__ import annotations
 
@@ -11,13 +11,38 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.figures import COLOURS, OTHER, STYLE
-from experiments.overlap import ORDERS
+from experiments.results import size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GROWTH, JACCARD, LAYERS = "union_growth.png", "jaccard.png", "layers.png"
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+GROWTH_COLUMNS = (
+    "clients",
+    "union",
+    "x k",
+    "x k if independent",
+    "values down",
+    "its indices, once",
+    "shared mask down",
+)
+
+
+def growth_cells(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The rows of the union's growth under ``GROWTH_COLUMNS``."""
+    return [
+        (
+            str(row["clients"]),
+            f"{row['union']:,.0f}",
+            f"{row['times_k']:.2f}",
+            f"{row['independent'] / facts['k']:.2f}",
+            size(row["down_bytes"]),
+            size(row["index_bytes"]),
+            size(row["shared_down_bytes"]),
+        )
+        for row in facts["growth"]
+    ]
 
 
 def draw_overlap(facts: Mapping[str, Any], folder: Path) -> list[str]:
@@ -42,7 +67,7 @@ def _growth(facts: Mapping[str, Any], figure: Figure) -> None:
     clients = [row["clients"] for row in rows]
     axes.fill_between(
         clients, [row["least"] / k for row in rows], [row["most"] / k for row in rows], color=COLOURS[0],
-        alpha=0.2, linewidth=0, label=f"least to most of {ORDERS} random orders",
+        alpha=0.2, linewidth=0, label=f"least to most of {facts['orders']} random orders",
     )  # fmt: skip
     axes.plot(clients, [row["times_k"] for row in rows], color=COLOURS[0], marker="o", markersize=4,
               label=f"masks by {facts['rule']}, measured")  # fmt: skip

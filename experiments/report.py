@@ -7,28 +7,34 @@ from pathlib import Path
 from typing import Any
 
 from experiments.accounts import accounts, way_cells
+from experiments.beside import read_beside, table
 from experiments.figures import LABELS, QUALITY, ROUNDS, draw_figures
+from experiments.overlap_figures import GROWTH, GROWTH_COLUMNS, JACCARD, LAYERS, draw_overlap, growth_cells
 from experiments.report_template import TEMPLATE
 from experiments.results import comparisons, quality, repeated, score, size, traffic, trained, usable
 from experiments.runs import Run, read_run
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Path, beside: str | Path | None = None) -> Path:
     """Write ``report.md`` and ``figures/*.png`` into a finished run's folder; returns the report's path.
 
-    Raises ConfigError when the folder holds no finished run.
+    ``beside``: another run on the same shards, which the report sets beside this one. Raises ConfigError when
+    a folder holds no finished run, or the other one is on other shards.
     """
     run = read_run(folder)
+    other = None if beside is None else read_beside(run, beside)
     draw_figures(run, run.folder / "figures")
+    if overlap := _overlap(run):
+        draw_overlap(overlap, run.folder / "figures")
     path = run.folder / "report.md"
     new = path.with_suffix(".md.new")
-    new.write_text(render(run), encoding="utf-8")
+    new.write_text(render(run, other), encoding="utf-8")
     os.replace(new, path)
     return path
 
 
-def render(run: Run) -> str:
-    """The report's Markdown."""
+def render(run: Run, other: Run | None = None) -> str:
+    """The report's Markdown; ``other``: a run on the same shards to set beside it."""
     from jinja2 import Environment, StrictUndefined
 
     # No autoescape: this is Markdown, and the values come from the run itself. A cell must not end early.
@@ -46,11 +52,13 @@ def render(run: Run) -> str:
         quality=quality(run),
         traffic=traffic(run),
         comparisons=comparisons(run),
+        beside=None if other is None else (other, *table(run, other)),
         bits=said["bits_per_backbone_parameter"],
         formula=said["formula"],
         ways=said["ways"],
         wire=said["wire_bytes"],
         overlap=run.summary.get("overlap"),
+        growth=(GROWTH_COLUMNS, growth_cells(overlap)) if (overlap := _overlap(run)) else None,
         evaluation=run.ledger.total(kind="evaluate"),
         lost=_lost(run),
         kept=usable(run),
@@ -58,9 +66,16 @@ def render(run: Run) -> str:
         remarks=run.summary.get("notes", []),
         repeated=repeated(run),
         resumed=[one["after_round"] for one in run.record.get("resumed", [])],
-        figures={"quality": QUALITY, "rounds": ROUNDS, "labels": LABELS},
+        figures={"quality": QUALITY, "rounds": ROUNDS, "labels": LABELS, "growth": GROWTH}
+        | {"jaccard": JACCARD, "layers": LAYERS},
         identity=_identity(run),
     )
+
+
+def _overlap(run: Run) -> dict[str, Any]:
+    """How far the clients' own masks lie apart; empty where it is not known, or by an older release."""
+    found = run.summary.get("overlap") or {}
+    return found if "growth" in found else {}
 
 
 def _lost(run: Run) -> list[dict[str, Any]]:

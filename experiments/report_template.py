@@ -71,6 +71,22 @@ In round 1 that union is still empty, so a mask per client downloads nothing of 
 flatters it.
 {% endif -%}
 
+{% if growth -%}
+How the union of the clients' own masks grows as clients are added (mean over random orders), and what it makes a
+client receive in a round:
+
+|{% for column in growth[0] %} {{ column }} |{% endfor %}
+|{% for column in growth[0] %}---:|{% endfor %}
+{% for row in growth[1] -%}
+|{% for cell in row %} {{ cell }} |{% endfor %}
+{% endfor %}
+![size of the union by number of clients](figures/{{ figures.growth }})
+
+![how much two clients' masks share](figures/{{ figures.jaccard }})
+
+![where the entries lie, by layer](figures/{{ figures.layers }})
+
+{% endif -%}
 What the other ways' bytes do not show:
 
 {% for row in comparisons if row.not_charged -%}
@@ -89,6 +105,21 @@ again moved {{ size(repeated) }} of payload more, which no table above counts.
 Note: {{ remark }}.
 
 {% endfor -%}
+{% if beside -%}
+{% set other, title, columns, rows = beside -%}
+## Another run on the same shards
+
+{{ title }} (`{{ other.folder.as_posix() }}`):
+
+|{% for column in columns %} {{ column }} |{% endfor %}
+|---|{% for column in columns[1:] %}---:|{% endfor %}
+{% for row in rows -%}
+|{% for cell in row %} {{ cell }} |{% endfor %}
+{% endfor %}
+*Values* are those that a client sends, without its head. Masks count in *all clients*, and what is new of their
+union in *down*: with a mask a client there is none in round 1, so few rounds flatter it. One seed.
+
+{% endif -%}
 ## Who holds what
 
 ![training rows by client and label](figures/{{ figures.labels }})

@@ -7,12 +7,14 @@ read the task's whole source (simulations); it takes no part in the run and is c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fedmask.costs import union_sizes
+from fedmask.masks import Mask, Rule, derive_mask
+from fedmask.masks.overlap import overlap_facts
 from fedmask.workspace import Workspace
 
 MOST_CLIENTS = 32  # gradients of more would take longer than a small run itself
@@ -33,7 +35,7 @@ def measured_unions(
     mask = workspace.mask
     if own and len(clients) <= MOST_CLIENTS:
         unions = list(union_sizes(own, schedule)) if own.keys() >= set(clients) else None
-        return unions, _figures(own, workspace.no_mask.rule.name, 0, workspace.k)
+        return unions, _figures(workspace, own, workspace.no_mask.rule, 0)
     if mask is None or not config.overlap_batches or not 0 < len(clients) <= MOST_CLIENTS:
         return None, {}
     if any(workspace.is_own(client) for client in clients):
@@ -42,25 +44,17 @@ def measured_unions(
     masks = {
         client: workspace.scores("gradient", client, settings).mask(mask.rule).indices for client in clients
     }
-    figures = _figures(masks, "gradient", config.overlap_batches, mask.k)
+    figures = _figures(workspace, masks, replace(mask.rule, name="gradient"), config.overlap_batches)
     return list(union_sizes(masks, schedule)), figures
 
 
-def _figures(masks: Mapping[int, np.ndarray], rule: str, batches: int, k: int) -> dict[str, Any]:
-    return {
-        "rule": rule,
-        "batches": batches,
-        "clients": len(masks),
-        "k": k,
-        "union": int(np.unique(np.concatenate(list(masks.values()))).size),
-        "mean_jaccard": _mean_jaccard(list(masks.values())),
-    }
-
-
-def _mean_jaccard(masks: Sequence[np.ndarray]) -> float | None:
-    """Mean over all pairs of |A and B| / |A or B|; None for a single mask."""
-    shares = []
-    for one, other in combinations(masks, 2):
-        both = np.intersect1d(one, other, assume_unique=True).size
-        shares.append(both / (one.size + other.size - both))
-    return float(np.mean(shares)) if shares else None
+def _figures(
+    workspace: Workspace, masks: Mapping[int, np.ndarray], rule: Rule, batches: int
+) -> dict[str, Any]:
+    space = workspace.space
+    shared = derive_mask(workspace.backbone.model, replace(rule, name="magnitude", seed=0))
+    found = {client: Mask(indices, space, rule) for client, indices in sorted(masks.items())}
+    facts = overlap_facts(
+        found, [workspace.task_of(client) for client in found], shared, workspace.config.seed
+    )
+    return {"rule": rule.name, "batches": batches, "union": round(facts["growth"][-1]["union"])} | facts

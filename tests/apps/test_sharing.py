@@ -14,9 +14,10 @@ from flwr.app import Context, RecordDict
 
 from clients.heads import keep_own_head, with_own_head
 from experiments.engines import run_inprocess
+from experiments.report import write_report
 from fedmask.config import RunConfig
 from fedmask.delta import read_delta
-from fedmask.errors import ConfigError
+from fedmask.errors import ConfigError, DataError
 from fedmask.export import export_run
 from fedmask.workspace import get_workspace
 from tests.apps.grids import read_rows
@@ -121,3 +122,37 @@ def test_a_head_is_kept_by_round_and_a_lost_one_begins_again(make_config: MakeCo
 def test_what_does_not_go_together(make_config: MakeConfig, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         make_config(**changes)
+
+
+def test_heads_that_stay_have_a_report(make_config: MakeConfig) -> None:
+    """The server has no whole model to score: what it cannot know is a dash, the rest stands."""
+    result = run_inprocess(make_config((2, 1), server=sharing("local-heads")))
+    text = write_report(result.folder).read_text(encoding="utf-8")
+    personal = read_rows(result.folder, "rounds")[-1]["personal"]
+    for task in ("mood", "topic"):
+        assert f"| {task} | accuracy | - | - | - | {personal[task]:.3f} |" in text
+    for name in ("quality_bytes.png", "rounds.png"):
+        assert (result.folder / "figures" / name).stat().st_size > 2000
+    assert "this run (pafi+hiwi), measured" in text
+
+
+def test_sixteen_domains_are_sixteen_clients(make_config: MakeConfig, tiny: Path, tmp_path: Path) -> None:
+    """A column of the file says who holds which rows: each of 16 domains is a client, in sorted order."""
+    lines = (tiny / "mood.tsv").read_text(encoding="utf-8").splitlines()
+    domains = [f"domain-{number:02}" for number in range(16)]
+    rows = [f"{line}\t{domains[(7 * number) % 16]}" for number, line in enumerate(lines[1:])]
+    path = tmp_path / "reviews.tsv"
+    path.write_text("\n".join([f"{lines[0]}\tdomain", *rows]) + "\n", encoding="utf-8")
+    task = {"name": "reviews", "source": str(path), "text": ["text"], "label": "label", "clients": 16}
+    config = make_config(tasks=[task], partition={"kind": "natural", "column": "domain"}, rounds=1,
+                         method="pafi", overlap_batches=0, train={"steps": 1, "batch_size": 4, "max_tokens": 8})  # fmt: skip
+    result = run_inprocess(config)
+    assert read_rows(result.folder, "rounds")[1]["replied"] == list(range(16))
+    workspace = get_workspace(config)
+    column = workspace.data("reviews").train["domain"][:]
+    for client, domain in enumerate(domains):
+        kept, held = workspace.split(client)
+        found = {column[int(row)] for row in (*kept, *held)}
+        assert found == {domain} and len(kept) > len(held) > 0
+    with pytest.raises(DataError, match="column 'domain' has 16 values; set clients to 16"):
+        run_inprocess(make_config(tasks=[task | {"clients": 8}], name="eight", partition=config.partition))

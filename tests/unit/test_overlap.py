@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from experiments.cli import main
-from experiments.overlap import overlap_facts
+from experiments.report import write_report
 from fedmask.masks import Mask, Rule
+from fedmask.masks.overlap import overlap_facts
 from fedmask.space import parameter_space
 from tests.support import make_model, save_two_tasks
 
@@ -71,3 +72,18 @@ def test_the_command_writes_facts_and_figures(tmp_path: Path, capsys: pytest.Cap
         main([*arguments, "--rule", "gradiant"])
     assert ended.value.code == 2
     assert "the nearest is 'gradient'" in capsys.readouterr().err
+
+
+def test_the_report_shows_what_the_run_s_summary_says(run_folder: Path) -> None:
+    """The union's growth as a table and figures; a run without it, or an older one, has neither."""
+    shared, *own = masks([0, 1, 2, 3], [0, 1, 2, 3], [2, 3, 4, 5], [6, 7, 8, 9])
+    facts = overlap_facts(dict(enumerate(own)), ["tweets", "tweets", "bbc"], shared, seed=1)
+    assert "as clients are added" not in write_report(run_folder).read_text()
+    path = run_folder / "summary.json"
+    overlap = {"rule": "fish", "batches": 0, "union": 10} | facts
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"overlap": overlap}))
+    text = write_report(run_folder).read_text()
+    assert "| 3 | 10 | 2.50 |" in text and "as clients are added" in text
+    for name in ("union_growth", "jaccard", "layers"):
+        assert (run_folder / "figures" / f"{name}.png").stat().st_size > 2000
+        assert f"(figures/{name}.png)" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments import figures
+from experiments.beside import beside, read_beside
 from experiments.figures import cumulative_megabytes, scores
 from experiments.report import render, write_report
 from experiments.results import comparisons, measured_bytes, quality, size, traffic, trained
@@ -241,3 +243,49 @@ def test_bytes_beside_the_formula_and_other_ways(run_folder: Path) -> None:
     agreed = next(line for line in text.splitlines() if line.startswith("| one agreed task-specific mask"))
     # 678 of 6,774 bytes; 600 indices of 8 and of 16 bytes instead of 678 bytes
     assert agreed.endswith("| 6.8 kB | 1.01 | 10.0% | 10.9 kB (44%) | 15.7 kB (61%) |")
+
+
+def other_run(run_folder: Path) -> Path:
+    """The same federation with a mask a client and one round more."""
+    folder = run_folder.with_name("other")
+    shutil.copytree(run_folder, folder)
+    config = json.loads((folder / "config.json").read_text())["config"]
+    change(folder, "config.json", config=config | {"method": "fish", "placement": "client"})
+    own = {"rule": "fish", "batches": 0, "clients": 3, "k": 100, "union": 250, "mean_jaccard": 0.1}
+    change(folder, "summary.json", overlap=own, rounds=3)
+    with (folder / "rounds.jsonl").open("a") as file:
+        file.write(json.dumps(read_run(run_folder).rounds[-1] | {"round": 3}) + "\n")
+    with (folder / "ledger.jsonl").open("a") as file:
+        row = {"client": 0, "direction": "down", "message_bytes": 9000, "kind": "train", "status": "ok"}
+        for round, payload in ((2, 700), (3, 8000)):
+            file.write(json.dumps(row | {"round": round, "payload_bytes": payload}) + "\n")
+    return folder
+
+
+def test_another_run_stands_beside_up_to_the_last_round_of_both(run_folder: Path) -> None:
+    other = other_run(run_folder)
+    one, two = beside(read_run(run_folder), read_beside(read_run(run_folder), other))
+    lost = 504  # the one reply that was refused
+    assert (one["label"], one["values"], one["times"]) == ("pafi+hiwi", 120, 1)
+    assert one["total"] == MASKS + 2 * ROUND - lost
+    assert (one["down"], one["last_down"]) == ((4 * 504 + 2 * 516) / 6, (504 + 504 + 516) / 3)
+    assert one["union"] == 0
+    assert two["label"] == "fish, a mask a client" and two["union"] == 2.5
+    assert two["total"] == one["total"] + 700  # what came after round 2 does not count
+    assert two["last_down"] == (504 + 504 + 516 + 700) / 4
+    assert two["dev"] == {"tweets": 0.7, "bbc": 0.9}
+    text = write_report(run_folder, other).read_text()
+    assert "## Another run on the same shards" in text and "| fish, a mask a client | 120 |" in text
+    assert "2.50 x k | 0.700 | 0.900 |" in text
+    assert "Another run" not in write_report(run_folder).read_text()
+
+
+def test_a_run_on_other_shards_is_refused(run_folder: Path) -> None:
+    other = other_run(run_folder)
+    record = read_run(other).record
+    change(other, "config.json", facts=record["facts"] | {"partitions": []})
+    with pytest.raises(ConfigError, match="other was run on other rows than"):
+        write_report(run_folder, other)
+    change(other, "config.json", config=record["config"] | {"seed": 2})
+    with pytest.raises(ConfigError, match="another 'seed' than"):
+        write_report(run_folder, other)
