@@ -144,8 +144,9 @@ def test_sixteen_domains_are_sixteen_clients(make_config: MakeConfig, tiny: Path
     path = tmp_path / "reviews.tsv"
     path.write_text("\n".join([f"{lines[0]}\tdomain", *rows]) + "\n", encoding="utf-8")
     task = {"name": "reviews", "source": str(path), "text": ["text"], "label": "label", "clients": 16}
+    small = {"steps": 1, "batch_size": 4, "max_tokens": 8}
     config = make_config(tasks=[task], partition={"kind": "natural", "column": "domain"}, rounds=1,
-                         method="pafi", overlap_batches=0, train={"steps": 1, "batch_size": 4, "max_tokens": 8})  # fmt: skip
+                         method="pafi", overlap_batches=0, train=small)  # fmt: skip
     result = run_inprocess(config)
     assert read_rows(result.folder, "rounds")[1]["replied"] == list(range(16))
     workspace = get_workspace(config)
