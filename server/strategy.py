@@ -49,8 +49,7 @@ class Contribution:
 class Combined:
     """Vectors after a round (float32), the clients that counted, a note when the old ones were kept.
 
-    ``factors``: float32, flat, of which products the shared vector's residual has grown by
-    (``fedmask.products``).
+    ``factors``: float32, flat, of the products that have been added to its residual (``fedmask.products``).
     """
 
     shared: np.ndarray
