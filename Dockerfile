@@ -6,8 +6,8 @@
 #   EXTRAS           demo: with the bundled model and texts; fast: without them, for models that are mounted
 ARG PYTHON=3.11
 
-# The dependencies before the code, so that a change of code does not install them again. Their bytecode is
-# written here: the file system is read-only later, and each message to a client starts a process.
+# The dependencies before the code, so that a change of code does not install them again. Bytecode is written
+# here, of what a federation imports: the file system is read-only later, and each message starts a process.
 FROM python:${PYTHON}-slim AS dependencies
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG PIP_FIND_LINKS=
@@ -20,16 +20,22 @@ COPY constraints.txt pyproject.toml README.md LICENSE ./
 # torch by itself, and what it needs with all the rest: its index is asked for nothing else.
 RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
     torch=$(sed -n 's/^torch==.*/&/p' constraints.txt) && \
-    if [ -n "$PIP_FIND_LINKS" ] || [ -z "$TORCH_INDEX" ]; then pip install --no-deps "$torch"; \
-    else pip install --no-deps --index-url "$TORCH_INDEX" "$torch"; fi && \
-    cd /venv/lib/python3*/site-packages && rm -rf torch/include torch/test torch/share torch/bin/protoc*
-# uv is Flower's installer of packages at run time, which nothing here may do.
+    if [ -n "$PIP_FIND_LINKS" ] || [ -z "$TORCH_INDEX" ]; then pip install --no-compile --no-deps "$torch"; \
+    else pip install --no-compile --no-deps --index-url "$TORCH_INDEX" "$torch"; fi && \
+    cd /venv/lib/python3*/site-packages/torch && rm -rf include test share lib/*_test.so && \
+    find bin -type f ! -name torch_shm_manager -delete
+# Left out: uv, Flower's installer of packages at run time, which nothing here may do; what the packages of the
+# demo's model and texts require for code of theirs that is never run; Arrow's network clients; tests.
 RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
     for package in fedmask clients server experiments; do mkdir $package && touch $package/__init__.py; done && \
-    pip install -c constraints.txt ".[$EXTRAS]" && pip uninstall -y fedmask && \
+    pip install --no-compile -c constraints.txt ".[$EXTRAS]" && pip uninstall -y fedmask sentence-transformers nltk && \
     rm -f /venv/bin/uv /venv/bin/uvx && cd /venv/lib/python3*/site-packages && \
+    rm -rf pyarrow/include pyarrow/src pyarrow/*arrow_flight* pyarrow/*arrow_python_flight* pyarrow/_flight.* \
+    pyarrow/libarrow_s3* pyarrow/_s3fs.* && \
     find . -type d \( -name tests -o -name test \) ! -path './torch/*' ! -path './numba/*' -prune -exec rm -rf {} + && \
     echo /code > fedmask.pth
+COPY experiments/imports.py .
+RUN HOME=/tmp /venv/bin/python imports.py && rm -rf /tmp/*
 
 FROM dependencies AS code
 COPY fedmask fedmask
@@ -41,7 +47,7 @@ RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; pip install --no-deps --targ
 FROM python:${PYTHON}-slim
 LABEL org.opencontainers.image.title=fedmask org.opencontainers.image.licenses=Apache-2.0
 # Nobody is called out to, nothing is installed at run time, one thread a process unless the run says otherwise.
-ENV PATH=/code/bin:/venv/bin:$PATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 HOME=/tmp \
+ENV PATH=/code/clients/bin:/code/bin:/venv/bin:$PATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 HOME=/tmp \
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 \
     HF_HUB_OFFLINE=1 HF_HOME=/models TOKENIZERS_PARALLELISM=false \
     FLWR_HOME=/tmp MPLCONFIGDIR=/tmp NUMBA_CACHE_DIR=/tmp FEDMASK_CACHE=/state/cache

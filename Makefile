@@ -43,7 +43,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-containers: $(VENV)/.dev
-	FEDMASK_TEST_CONTAINERS=1 $(BIN)/python -m pytest tests/end_to_end/containers
+	FEDMASK_TEST_CONTAINERS=$${FEDMASK_TEST_CONTAINERS:-1} $(BIN)/python -m pytest tests/end_to_end/containers
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

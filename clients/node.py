@@ -3,7 +3,8 @@
 The options are those of ``flower-supernode``. FEDMASK_KEYS names a folder of private keys: the process claims
 one by a lock that lasts as long as itself, the one that it had before if that is free. FEDMASK_STATE, a
 folder that may be shared, holds the locks and what the node remembers. FEDMASK_NODE is the node's name (the
-host's, if nothing is said).
+host's, if nothing is said). Programs that the node starts for messages say at once that they are there (see
+``clients.early``).
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def _owner(lock: Path) -> str:
 def main(options: list[str]) -> None:
     """Claim a key, and become the SuperNode."""
     node = os.environ.setdefault("FEDMASK_NODE", socket.gethostname())
+    early = str(Path(__file__).resolve().parent / "bin")
+    os.environ["PATH"] = os.pathsep.join([early, os.environ.get("PATH", os.defpath)])
     keys = os.environ.get("FEDMASK_KEYS")
     command = ["flower-supernode", *options]
     if keys:

@@ -1,4 +1,7 @@
-"""For ``make test-containers``: these tests are collected only when FEDMASK_TEST_CONTAINERS is set."""
+"""For ``make test-containers``: these tests are collected only when FEDMASK_TEST_CONTAINERS is set.
+
+With ``required`` in it a machine that cannot have an engine is a failure; else it is a reason to skip.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ def engine() -> Iterator[dict[str, str]]:
     """The environment for docker and compose. A machine that cannot have an engine skips, and says why."""
     started = subprocess.run([str(HERE / "engine.sh"), "start"], capture_output=True, text=True, check=False)
     if started.returncode == NO_ENGINE:
-        pytest.skip(started.stderr.strip().splitlines()[-1])
+        tell = pytest.fail if os.environ["FEDMASK_TEST_CONTAINERS"] == "required" else pytest.skip
+        tell(started.stderr.strip().splitlines()[-1])
     assert started.returncode == 0, started.stderr
     words = subprocess.run(
         ["bash", "-c", f"{started.stdout}\nenv -0"], capture_output=True, text=True, check=True

@@ -143,7 +143,7 @@ start() {
     need_packages
     start_daemon
     base_image
-    echo "export DOCKER_HOST='$DOCKER_HOST' DOCKER_CONFIG='$DOCKER_CONFIG' COMPOSE='$(compose_command)'"
+    echo "export DOCKER_HOST='$DOCKER_HOST' DOCKER_CONFIG='$DOCKER_CONFIG' COMPOSE='$(compose_command)' IMAGE_PYTHON=$version"
     serve_wheels
 }
 

@@ -16,9 +16,55 @@ from flwr.app import Error, Message
 from fedmask.config import from_dict
 from server.app import RunResult
 from tests.apps.grids import TamperedGrid, run_on
+from tests.support import WORDS, save_checkpoint, save_task
 
 ROOT = Path(__file__).parents[3]
 PROJECT = "fedmask-test"
+CLIENTS = 4
+# Two clients share a file that the server reads too; two have files of their own, with other columns.
+TINY = """
+model = "/data/model"
+density = 0.02
+kernel = "dense"
+partition = {kind = "iid"}
+train = {steps = 2, batch_size = 8, max_tokens = 16}
+overlap_batches = 0
+
+[[tasks]]
+name = "mood"
+source = "/data/mood.tsv"
+text = ["text"]
+label = "label"
+clients = 2
+
+[[tasks]]
+name = "own"
+own_data = true
+text = ["text"]
+label = "label"
+labels = ["up", "down"]
+dev = "/data/dev.csv"
+clients = 2
+"""
+OWN = {"FEDMASK_TEXT": "words", "FEDMASK_LABEL": "verdict"}
+OWN_FILE = "client-{client}.jsonl"
+
+
+def write_data(folder: Path) -> None:
+    """``TINY`` as tiny.toml, and all that it names."""
+    folder.mkdir()
+    folder.chmod(0o755)
+    save_checkpoint(folder / "model")
+    save_task(folder / "mood.tsv", ("no", "yes"), rows=240, seed=1)
+    said = {0: "up", 1: "down"}
+    for client in range(CLIENTS):
+        rows = [{"words": f"{WORDS[row % 2]} {WORDS[5 + (row * client) % 40]}", "verdict": said[row % 2]}
+                for row in range(60)]  # fmt: skip
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / OWN_FILE.format(client=client)).write_text(lines)
+    dev = "".join(f"{WORDS[row % 2]} {WORDS[50 - row % 30]},{said[row % 2]}\n" for row in range(80))
+    (folder / "dev.csv").write_text("text,label\n" + dev)
+    (folder / "tiny.toml").write_text(TINY)
 
 
 class Follower:
@@ -31,8 +77,10 @@ class Follower:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        for line in self.process.stdout or ():
-            self._new.put(line.rstrip())
+        assert self.process.stdout is not None
+        with self.process.stdout as said:
+            for line in said:
+                self._new.put(line.rstrip())
         self._new.put(None)
 
     def wait_for(self, text: str, seconds: float = 180.0) -> None:
@@ -60,12 +108,13 @@ class Containers:
     """``docker compose`` over the project's own files, with four clients."""
 
     def __init__(self, engine: Mapping[str, str], folder: Path) -> None:
-        self.runs = folder / "runs"
+        self.runs, self.data = folder / "runs", folder / "data"
         self.runs.mkdir()
         folder.chmod(0o755)
+        write_data(self.data)
         self._command = [*engine["COMPOSE"].split(), "-p", PROJECT]
-        self._env = {**engine, "RUNS": str(self.runs), "TAG": "test", "CLIENTS": "4", "DOCKER_BUILDKIT": "0",
-                     "COMPOSE_DOCKER_CLI_BUILD": "0", "SERVER_CPUS": "1"}  # fmt: skip
+        self._env = {**engine, "RUNS": str(self.runs), "DATA": str(self.data), "TAG": "test",
+                     "CLIENTS": str(CLIENTS), "FEDMASK_DATA": f"/data/{OWN_FILE}", **OWN}  # fmt: skip
         if "PIP_FIND_LINKS" in engine and engine["PIP_FIND_LINKS"].startswith("/"):
             self._env["PIP_FIND_LINKS"] = ""  # a folder of this machine, which a build does not see
 
@@ -126,6 +175,45 @@ class Containers:
         """The inverse of ``cut``."""
         self.docker("network", "connect", "--alias", service, f"{PROJECT}_default", container)
 
+    def crash(self, container: str) -> None:
+        """Kill all that runs in a container; its restart policy starts it again."""
+        self.docker("exec", container, "sh", "-c", "kill -9 -1", check=False)
+
+    def starve(self, container: str) -> None:
+        """Leave a container so little memory beyond what it has that the next message's process is killed."""
+        used = int(self._cgroup(container, "memory.current", "memory.usage_in_bytes"))
+        self._limit(container, used + 64 * 2**20)
+
+    def feed(self, container: str) -> None:
+        """The inverse of ``starve``."""
+        self._limit(container, 2**30)
+
+    def killed_for_memory(self, container: str) -> bool:
+        """Whether the kernel has killed a process of the container because its memory was used up."""
+        said = self._cgroup(container, "memory.events", "memory.oom_control")
+        return bool(int(dict(line.split() for line in said.splitlines())["oom_kill"]))
+
+    def _limit(self, container: str, memory: int) -> None:
+        self.docker("update", "--memory", str(memory), "--memory-swap", str(memory), container)
+
+    def _cgroup(self, container: str, new: str, old: str) -> str:
+        """A file of the container's control group, by its name in version 2 or in version 1."""
+        words = f"cat /sys/fs/cgroup/{new} 2>/dev/null || cat /sys/fs/cgroup/memory/{old}"
+        return self.docker("exec", container, "sh", "-c", words)
+
+    def wait_for_message(self, container: str, kind: str, count: int, seconds: float = 60.0) -> None:
+        """Until a client has received so many messages of a kind."""
+        text = f"Receiving: {kind} message"
+        until(lambda: self.docker("logs", container).count(text) >= count, seconds, f"{count} {text}")
+
+    def is_healthy(self, container: str) -> bool:
+        """What the container's health check says."""
+        return self.docker("inspect", "-f", "{{.State.Health.Status}}", container).strip() == "healthy"
+
+    def own_data(self) -> dict[str, str]:
+        """The environment by which clients find their own files, for this machine."""
+        return {**OWN, "FEDMASK_DATA": str(self.data / OWN_FILE)}
+
     def record(self, run: str) -> dict[str, Any]:
         """The run's ``config.json``."""
         found: dict[str, Any] = json.loads((self.runs / run / "config.json").read_text())
@@ -144,7 +232,9 @@ class Containers:
     def again_in_process(self, run: str, folder: Path) -> RunResult:
         """The same run in this process, over the replies that counted in the containers and no others."""
         counted = {row["round"]: set(row["replied"]) for row in self.rows(run, "rounds")}
-        settings = {**self.record(run)["config"], "name": run, "runs_dir": str(folder), "workers": 1}
+        config = self.record(run)["config"]
+        said = json.dumps({**config, "name": run, "runs_dir": str(folder), "workers": 1})
+        settings = json.loads(said.replace('"/data/', f'"{self.data}/'))
 
         def tamper(client: int, number: int, reply: Message) -> list[Message]:
             if client in counted[number]:
