@@ -16,7 +16,7 @@ ARG EXTRAS=demo
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PYTHON=/venv/bin/python
 RUN python -m venv --without-pip /venv
 WORKDIR /src
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY constraints.txt pyproject.toml LICENSE ./
 # torch by itself, and what it needs with all the rest: its index is asked for nothing else.
 RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
     torch=$(sed -n 's/^torch==.*/&/p' constraints.txt) && \
@@ -28,6 +28,7 @@ RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
 # demo's model and texts require for code of theirs that is never run; Arrow's network clients; tests.
 RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
     for package in fedmask clients server experiments; do mkdir $package && touch $package/__init__.py; done && \
+    touch README.md && \
     pip install --no-compile -c constraints.txt ".[$EXTRAS]" && pip uninstall -y fedmask sentence-transformers nltk && \
     rm -f /venv/bin/uv /venv/bin/uvx && cd /venv/lib/python3*/site-packages && \
     rm -rf pyarrow/include pyarrow/src pyarrow/*arrow_flight* pyarrow/*arrow_python_flight* pyarrow/_flight.* \
@@ -38,6 +39,7 @@ COPY experiments/imports.py .
 RUN HOME=/tmp /venv/bin/python imports.py && rm -rf /tmp/*
 
 FROM dependencies AS code
+COPY README.md .
 COPY fedmask fedmask
 COPY clients clients
 COPY server server

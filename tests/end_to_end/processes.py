@@ -71,17 +71,6 @@ def none_left(home: Path, seconds: float = 20.0) -> None:
     assert members(home) == []
 
 
-def called(home: Path, program: str) -> list[int]:
-    """Those of them that run ``program``."""
-    found = []
-    for pid in members(home):
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if any(word.endswith(b"/" + program.encode()) for word in words[:2]):
-                found.append(pid)
-    return found
-
-
 def wait_for_health(port: int) -> None:
     """Until a SuperLink answers; AssertionError after a minute."""
     deadline = time.monotonic() + 60

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import socket
+import subprocess
+import sysconfig
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 import fedmask._env  # noqa: F401  (before flwr is imported)
@@ -32,9 +39,50 @@ from fedmask.errors import ConfigError, FederationError
 from fedmask.flower import ensure_identity, reply_content
 from fedmask.ledger import Ledger
 from tests.apps.grids import run_on
-from tests.end_to_end.processes import free_port, none_left, start, stop, wait_for_health
 from tests.end_to_end.proxy import CountingProxy, Wire
 from tests.support import save_two_tasks
+
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _start(home: Path, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
+    env = {**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    with (home / f"{name}.log").open("wb") as log:
+        return subprocess.Popen(
+            [str(SCRIPTS / arguments[0]), *arguments[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=home,
+            env=env,
+            start_new_session=True,
+        )
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """The process and what it started: it leads a session of its own."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(15)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(15)
+
+
+def _members(home: Path) -> list[int]:
+    """Processes that carry this test's FLWR_HOME, besides this one."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"FLWR_HOME={home}".encode() in entry.read_bytes() and int(entry.parent.name) != os.getpid():
+                found.append(int(entry.parent.name))
+    return found
 
 
 @dataclass(frozen=True)
@@ -51,12 +99,12 @@ def superlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]
     home = tmp_path / "flower"
     home.mkdir()
     monkeypatch.setenv("FLWR_HOME", str(home))
-    port = free_port()
+    port = _free_port()
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     here = ["--insecure", "--host", "127.0.0.1", "--port"]
-    started = [start(home, "link", ["flower-superlink", *here, str(port)])]
+    started = [_start(home, "link", ["flower-superlink", *here, str(port)])]
     proxy = CountingProxy(port)
     try:
         for node in range(2):
@@ -64,13 +112,13 @@ def superlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]
             arguments = [
                 "flower-supernode",
                 *here,
-                str(free_port()),
+                str(_free_port()),
                 "--superlink",
                 f"127.0.0.1:{proxy.port}",
                 *place,
             ]
-            started.append(start(home, f"node-{node}", arguments))
-        wait_for_health(port)
+            started.append(_start(home, f"node-{node}", arguments))
+        _wait_for(f"http://127.0.0.1:{port}/health")
         yield Site(home, proxy)
     except BaseException:
         for log in sorted(home.glob("*.log")):
@@ -78,9 +126,22 @@ def superlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]
         raise
     finally:
         for process in reversed(started):
-            stop(process)
+            _stop(process)
         proxy.close()
-        none_left(home)
+        deadline = time.monotonic() + 20
+        while _members(home) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert _members(home) == []
+
+
+def _wait_for(address: str) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(address).status_code == 200:
+                return
+        assert time.monotonic() < deadline, f"{address} does not answer"
+        time.sleep(0.2)
 
 
 @pytest.fixture
@@ -184,7 +245,7 @@ def test_what_flwr_puts_in_a_box_becomes_one_plain_line(
 ) -> None:
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     (tmp_path / "config.toml").write_text(
-        f'[superlink.gone]\naddress = "127.0.0.1:{free_port()}"\ninsecure = true\n'
+        f'[superlink.gone]\naddress = "127.0.0.1:{_free_port()}"\ninsecure = true\n'
     )
     log: list[str] = []
     with pytest.raises(
