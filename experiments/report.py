@@ -73,9 +73,12 @@ def render(run: Run, other: Run | None = None) -> str:
 
 
 def _overlap(run: Run) -> dict[str, Any]:
-    """How far the clients' own masks lie apart; empty where it is not known, or by an older release."""
+    """How far the clients' own masks lie apart; empty where they had none, or by an older release.
+
+    Masks that were measured for the comparison alone (``overlap_batches``) are left to ``fedmask overlap``.
+    """
     found = run.summary.get("overlap") or {}
-    return found if "growth" in found else {}
+    return found if "growth" in found and not found["batches"] else {}
 
 
 def _lost(run: Run) -> list[dict[str, Any]]:
