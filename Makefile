@@ -39,8 +39,9 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/fedmask run --config experiments/studies/demo.toml --overwrite
 
+# Two processes, each with whole files: most tests keep one core busy.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-containers: $(VENV)/.dev
 	FEDMASK_TEST_CONTAINERS=$${FEDMASK_TEST_CONTAINERS:-1} $(BIN)/python -m pytest tests/end_to_end/containers

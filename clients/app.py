@@ -18,7 +18,8 @@ from flwr.clientapp import ClientApp
 
 from clients import union
 from clients.heads import keep_own_head, with_own_head
-from clients.link import held_version, packed_change, received
+from clients.kept import recall, remember
+from clients.link import held_version, packed_change, received, round_of
 from clients.seat import claim_seat, seat_of
 from clients.specific import own_scores
 from fedmask.channel import Behind
@@ -78,6 +79,7 @@ def make_client_app(
         workspace.use_own_data(own_data(context.node_config))
         _use_stored_mask(workspace, context)
         partition = seat_of(context, settings)
+        recall(context, partition)
         workspace.prepare(partition)
         return workspace, partition
 
@@ -88,6 +90,7 @@ def make_client_app(
         if seat is None or seat[0] >= settings.clients:
             answer = ConfigRecord({"partition": seat[0] if seat else settings.clients, "status": "spare"})
             return Message(RecordDict({CONFIG: answer}), reply_to=message)
+        recall(context, seat[0], _one(message.content, CONFIG, ConfigRecord))
         _keep_choices(context, settings, message.content)
         try:
             workspace, partition = enter(context)
@@ -126,10 +129,11 @@ def make_client_app(
     @app.train()
     def train(message: Message, context: Context) -> Message:
         workspace, partition = enter(context)
-        round = _round(message.content)
+        round = round_of(message.content)
         try:
             if workspace.config.has_views:
                 answer = union.trained(workspace, context, partition, message.content, round)
+                remember(context, partition)
                 return Message(answer, reply_to=message)
             vector = _vector(workspace, context, partition, message.content, round - 1)
         except Behind as behind:
@@ -137,7 +141,8 @@ def make_client_app(
         start = with_own_head(workspace, context, partition, vector, round)
         update = workspace.local_update(partition, round, start)
         change = keep_own_head(context, round, start, update.change, vector.size)
-        envelope = packed_change(workspace, context, partition, round, change)
+        envelope = packed_change(workspace, context, partition, message.content, change)
+        remember(context, partition)
         metrics = {EXAMPLES: update.examples, **update.metrics}
         return Message(reply_content(envelope, metrics), reply_to=message)
 
@@ -145,7 +150,7 @@ def make_client_app(
     def evaluate(message: Message, context: Context) -> Message:
         workspace, partition = enter(context)
         task, rows = workspace.task_of(partition), workspace.shard(partition).held_out
-        version = _round(message.content)
+        version = round_of(message.content)
         try:
             if workspace.config.has_views:
                 found = union.scored(workspace, context, partition, message.content, version)
@@ -248,13 +253,6 @@ def _use_stored_mask(workspace: Workspace, context: Context) -> None:
         return
     if not isinstance(known, ConfigRecord) or known.get(MASK) != workspace.digest:
         _receive_mask(workspace, record_bytes(record, MASK))
-
-
-def _round(content: RecordDict) -> int:
-    found = _one(content, CONFIG, ConfigRecord).get("round")
-    if isinstance(found, bool) or not isinstance(found, int):
-        raise RecordError(f"round: expected a whole number, found {found!r}")
-    return found
 
 
 def _one(content: RecordDict, name: str, kind: type[T]) -> T:

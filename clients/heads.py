@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from fedmask.flower import bytes_record, record_bytes
 from fedmask.workspace import Workspace
 
-HEAD, _ROUND = "own-head", "own-head-round"
+HEAD, HEAD_ROUND = "own-head", "own-head-round"
 _BEFORE, _AFTER = "before", "after"
 
 
@@ -28,10 +28,10 @@ def with_own_head(
     missing = workspace.layout(workspace.task_of(client)).size - received.size
     if not missing:
         return received
-    record, noted = context.state.get(HEAD), context.state.get(_ROUND)
+    record, noted = context.state.get(HEAD), context.state.get(HEAD_ROUND)
     head = np.zeros(missing, np.float32)
     if isinstance(record, ArrayRecord) and isinstance(noted, ConfigRecord):
-        name = _AFTER if int(noted[_ROUND]) < round else _BEFORE  # type: ignore[arg-type]
+        name = _AFTER if int(noted[HEAD_ROUND]) < round else _BEFORE  # type: ignore[arg-type]
         kept = np.frombuffer(record_bytes(ArrayRecord({name: record[name]}), name), "<f4")
         head = kept if kept.size == missing else head
     return np.concatenate([received, head])
@@ -46,5 +46,5 @@ def keep_own_head(
         context.state[HEAD] = ArrayRecord(
             {name: bytes_record(part.tobytes(), name)[name] for name, part in parts.items()}
         )
-        context.state[_ROUND] = ConfigRecord({_ROUND: round})
+        context.state[HEAD_ROUND] = ConfigRecord({HEAD_ROUND: round})
     return change[:travels]

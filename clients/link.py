@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 import fedmask._env  # noqa: F401  (before flwr is imported)
-from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 
 from fedmask.channel import Received, Residual, Terms, down_way, receive, up_codec
 from fedmask.codecs import encode_update
-from fedmask.flower import RecordError, bytes_record, record_bytes
+from fedmask.flower import CONFIG, COUNTED, RecordError, bytes_record, record_bytes
 from fedmask.rng import rng_for
 from fedmask.workspace import Workspace
 
@@ -49,23 +49,29 @@ def held_version(context: Context) -> int:
 
 
 def packed_change(
-    workspace: Workspace, context: Context, client: int, round: int, change: np.ndarray
+    workspace: Workspace, context: Context, client: int, content: RecordDict, change: np.ndarray
 ) -> bytes:
     """The envelope of a client's change, float32 ``[n]``; what error feedback carries on is remembered.
 
-    What the server alone changes stands first in it, and is not sent.
+    ``content``: of the message that it answers, with the round and, where a reply was not used, the last one
+    that counted. What the server alone changes stands first in the change, and is not sent.
     """
-    terms = workspace.up_terms(client, round)
+    terms = workspace.up_terms(client, round_of(content))
     own = change[change.size - terms.layout.size :]
-    return encoded(workspace, context, client, round, own, terms)
+    return encoded(workspace, context, client, content, own, terms)
 
 
 def encoded(
-    workspace: Workspace, context: Context, client: int, round: int, change: np.ndarray, terms: Terms
+    workspace: Workspace,
+    context: Context,
+    client: int,
+    content: RecordDict,
+    change: np.ndarray,
+    terms: Terms,
 ) -> bytes:
     """The same for values, float32 ``[n]``, that mean what ``terms`` say."""
-    codec = up_codec(workspace.config.up)
-    before = _residual(context, terms.digest, terms.layout.size, round) if codec.keeps_state else None
+    codec, round = up_codec(workspace.config.up), round_of(content)
+    before = _residual(context, terms, round, _number(content, COUNTED)) if codec.keeps_state else None
     envelope, after = encode_update(
         change,
         terms.layout,
@@ -105,16 +111,32 @@ def _nothing(workspace: Workspace, client: int) -> Received:
     return Received(0, np.zeros(workspace.down_terms(client, 0).layout.size, np.float32))
 
 
-def _residual(context: Context, digest: str, size: int, round: int) -> np.ndarray | None:
+def round_of(content: RecordDict) -> int:
+    """The round that a message belongs to. Raises ``RecordError``."""
+    found = _number(content, "round")
+    if found is None:
+        raise RecordError("round: expected a whole number, found none")
+    return found
+
+
+def _number(content: RecordDict, key: str) -> int | None:
+    said = content.get(CONFIG)
+    found = said.get(key) if isinstance(said, ConfigRecord) else None
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int)):
+        raise RecordError(f"{key}: expected a whole number, found {found!r}")
+    return found
+
+
+def _residual(context: Context, terms: Terms, round: int, counted: int | None) -> np.ndarray | None:
     """The residual to begin with: none of another mask, whose entries are others."""
     record, notes = context.state.get(RESIDUAL), context.state.get(NOTES)
     if not isinstance(record, ArrayRecord) or not isinstance(notes, ConfigRecord):
         return None
-    if notes.get("digest") != digest:
+    if notes.get("digest") != terms.digest:
         return None
     before, after = (record_bytes(ArrayRecord({name: record[name]}), name) for name in (_BEFORE, _AFTER))
-    found = Residual(_noted(context, "round"), before, after).at_start_of(round)
-    return found if found is None or found.size == size else None
+    found = Residual(_noted(context, "round"), before, after).at_start_of(round, counted)
+    return found if found is None or found.size == terms.layout.size else None
 
 
 def _note(context: Context, more: dict[str, int | str]) -> None:

@@ -69,7 +69,7 @@ def trained(
     view = view_of(known.change, mask)
     update = workspace.local_update(client, round, view.read(known.change, known.beside), view)
     terms = workspace.union_terms(client, known.positions).trained(mask)
-    envelope = encoded(workspace, context, client, round, view.sent(update.change), terms)
+    envelope = encoded(workspace, context, client, content, view.sent(update.change), terms)
     answer = reply_content(envelope, {EXAMPLES: update.examples, **update.metrics})
     if found and not _told(workspace, content).own:  # the server does not know the mask yet
         space = workspace.space

@@ -60,16 +60,17 @@ def run_inprocess(
         on_result=results.append,
     )
     with InProcessGrid(config, default_workers(config), make_app) as grid, _quiet_log():
-        if up_codec(config.up).keeps_state or down_way(config.down).change or _heads_stay(config):
+        if _clients_keep(config):
             watching.append(KeepStates(grid.states, resume=existing == "resume"))
         context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
         server(grid=grid, context=context)
     return results[0]
 
 
-def _heads_stay(config: RunConfig) -> bool:
-    """Whether clients keep heads that nobody else has."""
-    return config.server.sharing == "local-heads"
+def _clients_keep(config: RunConfig) -> bool:
+    """Whether clients keep residuals, received vectors or heads from round to round."""
+    changes = down_way(config.down).change or config.has_views
+    return up_codec(config.up).keeps_state or changes or config.server.sharing == "local-heads"
 
 
 def run_ray(

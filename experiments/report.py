@@ -66,6 +66,7 @@ def render(run: Run, other: Run | None = None) -> str:
         remarks=run.summary.get("notes", []),
         repeated=repeated(run),
         resumed=[one["after_round"] for one in run.record.get("resumed", [])],
+        differs=[one["note"] for one in run.record.get("resumed", []) if "note" in one],
         figures={"quality": QUALITY, "rounds": ROUNDS, "labels": LABELS, "growth": GROWTH}
         | {"jaccard": JACCARD, "layers": LAYERS},
         identity=_identity(run),

@@ -99,6 +99,9 @@ Evaluating the final model on the clients' held-out rows moved {{ size(evaluatio
 {% if resumed -%}
 The run was interrupted and went on after round {{ resumed | join(", ") }}. Rounds that broke off and joining
 again moved {{ size(repeated) }} of payload more, which no table above counts.
+{% for note in differs -%}
+Note: {{ note }}.
+{% endfor %}
 
 {% endif -%}
 {% for remark in remarks -%}

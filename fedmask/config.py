@@ -9,9 +9,9 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from fedmask.channel.ways import down_way, up_codec
 from fedmask.config_errors import short as _short
@@ -31,8 +31,8 @@ from fedmask.config_tables import (
     TrainConfig,
     Whole,
 )
-from fedmask.errors import ConfigError, unknown
-from fedmask.methods import METHODS, TASK_SPECIFIC, check_federated, check_masks
+from fedmask.errors import ConfigError
+from fedmask.methods import METHODS, TASK_SPECIFIC, check_federated, check_masks, known_method
 from fedmask.products import check_products
 from fedmask.sharing import check_sharing
 
@@ -40,6 +40,7 @@ __all__ = [
     "FILE_ENDINGS",
     "AdapterConfig",
     "LoraConfig",
+    "MethodName",
     "Metric",
     "Name",
     "PartitionConfig",
@@ -59,6 +60,9 @@ __all__ = [
 ]
 
 
+MethodName = Annotated[str, AfterValidator(known_method)]
+
+
 class RunConfig(Settings):
     """One whole run. Clients are numbered over the tasks in order: the first task's come first."""
 
@@ -66,7 +70,7 @@ class RunConfig(Settings):
     seed: Whole = Field(default=1, ge=0, lt=2**63)
     model: str = Field(default="minilm", min_length=1)
     head: Literal["mean", "hf"] = "mean"
-    method: str = "pafi+hiwi"
+    method: MethodName = "pafi+hiwi"
     density: Real = Field(default=0.005, gt=0, le=1)
     eligible: Literal["linear", "linear+embeddings", "all"] = "linear"
     per_tensor: bool = False
@@ -100,13 +104,6 @@ class RunConfig(Settings):
     def _methods_may_choose_codecs(cls, values: Any) -> Any:
         method = METHODS.get(str(values.get("method"))) if isinstance(values, dict) else None
         return values if method is None else {"up": method.up, "down": method.down, **values}
-
-    @field_validator("method")
-    @classmethod
-    def _method_is_known(cls, value: str) -> str:
-        if value not in METHODS:
-            raise ConfigError(unknown("method", value, METHODS))
-        return value
 
     @field_validator("up")
     @classmethod

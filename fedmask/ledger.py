@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -140,10 +141,12 @@ def _read_row(line: bytes, where: str) -> LedgerRow:
 
 
 def _cut_unfinished(path: Path) -> None:
-    data = path.read_bytes() if path.exists() else b""
-    if data and not data.endswith(b"\n"):
-        with open(path, "rb+") as file:
-            file.truncate(data.rfind(b"\n") + 1)
+    if not path.exists() or not path.stat().st_size:
+        return
+    with open(path, "rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
 
 def _check_names(names: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from fedmask.errors import ConfigError
+from fedmask.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,6 +87,13 @@ _SPECIFIC = (
 METHODS: dict[str, Method] = {method.name: method for method in (*_ALL, *_SPECIFIC)}
 TASK_SPECIFIC = frozenset(method.name for method in _SPECIFIC)
 """Methods whose mask comes from labelled rows: it has to be found, agreed on and sent (``placement``)."""
+
+
+def known_method(name: str) -> str:
+    """``name``. ConfigError with the nearest one for a method that there is not."""
+    if name not in METHODS:
+        raise ConfigError(unknown("method", name, METHODS))
+    return name
 
 
 def check_federated(method: Method, adapter: AdapterConfig) -> None:

@@ -10,7 +10,8 @@ from torch import nn
 
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError
-from fedmask.masks import RULES, Mask, Recipe, Rule, derive_mask, mask_from_indices, mask_size
+from fedmask.mask_cache import kept_or_derived
+from fedmask.masks import RULES, Mask, Recipe, Rule, mask_from_indices, mask_size
 from fedmask.masks.bands import Schedule
 from fedmask.methods import METHODS
 from fedmask.positions import ByRecipe
@@ -46,7 +47,7 @@ class RunMasks(RunData):
     @cached_property
     def _derived(self) -> Mask | None:
         found = self.rule is not None and self.rule.name in RULES
-        return derive_mask(self._masked_model, self.rule) if found and self.rule else None
+        return kept_or_derived(self._masked_model, self.rule) if found and self.rule else None
 
     @property
     def mask(self) -> Mask | None:

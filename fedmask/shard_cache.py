@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -62,45 +63,59 @@ def cache_file(config: RunConfig, task: TaskConfig, client: int, place: OwnData)
 
 def load_cached(path: Path | None) -> Cached | None:
     """(class names, rows to train on, rows held out); None if they are not there or damaged."""
-    if path is None or not path.is_file():
+    found = read_arrays(path, "shard") if path is not None else None
+    if found is None:
         return None
-    from safetensors import SafetensorError, safe_open
-
+    said, arrays = found
     try:
-        with safe_open(str(path), framework="numpy") as file:
-            said = json.loads((file.metadata() or {})["shard"])
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        digest = said.pop("sha256")
-        if digest != _digest(said, arrays):
-            return None
         parts = [
             Tokenized(*(arrays.get(f"{part}/{name}") for name in _ARRAYS))  # type: ignore[arg-type]
             for part in ("train", "held_out")
         ]
         return tuple(said["labels"]), parts[0], parts[1]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
+
+
+def read_arrays(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """What ``pack_arrays`` packed; None for a file that is not there, damaged, or of another kind."""
+    if not path.is_file():
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            said = json.loads((file.metadata() or {})[kind])
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        return (said, arrays) if said.pop("sha256") == _digest(said, arrays) else None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def pack_arrays(kind: str, said: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
+    """A file of arrays by name with ``said`` (plain values) and a checksum over both beside them."""
+    from safetensors.numpy import save
+
+    whole = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    return bytes(save(whole, {kind: json.dumps({**said, "sha256": _digest(said, whole)})}))
 
 
 def keep(path: Path | None, labels: tuple[str, ...], train: Tokenized, held_out: Tokenized) -> None:
     """Write what ``load_cached`` gives back, in one step. A disk that is full costs time later, no more."""
     if path is None:
         return
-    from safetensors.numpy import save
-
     arrays: dict[str, np.ndarray] = {}
     for part, rows in (("train", train), ("held_out", held_out)):
         arrays |= {
-            f"{part}/{name}": np.ascontiguousarray(values)
+            f"{part}/{name}": values
             for name in _ARRAYS
             if (values := getattr(rows, name)) is not None
         }
-    said: dict[str, Any] = {"labels": list(labels)}
-    said["sha256"] = _digest(said, arrays)
-    _write(path, save(arrays, {"shard": json.dumps(said)}))
+    write_private(path, pack_arrays("shard", {"labels": list(labels)}, arrays))
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file of the cache in one step, for its user alone; nothing happens where that cannot be."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         path.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -117,7 +132,7 @@ def _write(path: Path, data: bytes) -> None:
 _ARRAYS = ("tokens", "offsets", "token_types", "labels")
 
 
-def _digest(said: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
+def _digest(said: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     found = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name in sorted(arrays):
         found.update(json.dumps([name, arrays[name].dtype.str, arrays[name].shape]).encode())

@@ -25,6 +25,7 @@ from server.agree import distribute, find_mask, keep_mask, kept_mask, needs_agre
 from server.evaluation import central_scores
 from server.facts import run_record
 from server.joining import join, rejoin
+from server.journal import Journal
 from server.norms import far_out
 from server.observer import Observer, Silent
 from server.overlap import measured_unions
@@ -123,8 +124,9 @@ def run_server(
     ledger, roster, search = Ledger(), None, point.record.get("mask_search", {}) if point else {}
     claims = engine == "superlink"  # simulated nodes are numbered, and none of them comes back
     enlist = partial(
-        join, grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply, claims=claims
-    )
+        join, grid, workspace, ledger, node_timeout=node_timeout, arrived=observer.on_reply, claims=claims,
+        after=point.flower_runs if point and claims else (),
+    )  # fmt: skip
 
     def announce() -> None:
         observer.on_start(folder.path, config.rounds, config.clients)
@@ -165,23 +167,26 @@ def run_server(
     try:
         state.confirm(roster.held)
         most = most_claims(workspace, roster.rows)
-        federation = Federation(workspace, grid, roster, strategy, ledger, observer, most)
+        journal = Journal(folder.path, ledger)
+        federation = Federation(workspace, grid, roster, strategy, ledger, observer, most, journal)
         rows = point.rows if point else []
         earlier = sum(row["seconds"] for row in rows)
         if not point:
             rows.append(federation.start_row(dev, began))
             if config.test_every_round:
                 rows[0]["test"] = federation.scores(state, "test")
-            _end_round(federation, state, rows[0], folder)
+            _end_round(federation, state, rows[0], folder, journal)
         while state.round < config.rounds:
             if claims:
                 lost = lost_seats(rows[-1]["rejected"])
                 state.confirm(rejoin(grid, workspace, ledger, roster, state.round + 1, lost))
+                journal.settle()
                 federation.most = most_claims(workspace, roster.rows)
             state, row = federation.train_round(state)
             rows.append(row)
-            _end_round(federation, state, row, folder)
-        summary = _finish(federation, state, rows, folder, began - earlier, client_evaluation, search)
+            _end_round(federation, state, row, folder, journal)
+        since = began - earlier
+        summary = _finish(federation, state, rows, folder, since, client_evaluation, search, journal)
     except BaseException:
         with suppress(OSError):  # the disk may be what failed
             folder.save_ledger(ledger)  # it says who and in which round
@@ -190,11 +195,13 @@ def run_server(
     return RunResult(folder.path, summary, state)
 
 
-def _end_round(federation: Federation, state: RunState, row: Row, folder: RunFolder) -> None:
+def _end_round(
+    federation: Federation, state: RunState, row: Row, folder: RunFolder, journal: Journal
+) -> None:
     """Write what the round left; the state last, because it says that all the rest is there."""
     with writing(folder.path):
         folder.append_round(row)
-        folder.save_ledger(federation.ledger)
+        journal.settle()
         save_state(folder.path, state, federation.strategy.state(), len(federation.ledger))
     federation.observer.on_round_end(row)
     log.info("%s", _line(row, federation.config.rounds))
@@ -208,6 +215,7 @@ def _finish(
     began: float,
     client_evaluation: bool,
     search: dict[str, Any],
+    journal: Journal,
 ) -> dict[str, Any]:
     """Delta and summary of a run whose rounds are done. What only describes the run cannot lose it."""
     workspace, ledger = federation.workspace, federation.ledger
@@ -215,8 +223,7 @@ def _finish(
         save_change(workspace, state, folder.path / "delta.safetensors")
     test = federation.scores(state, "test")
     clients, unscored = federation.client_scores(state) if client_evaluation else ({}, [])
-    with writing(folder.path):
-        folder.save_ledger(ledger)
+    journal.settle()
     schedule = [row["sampled"] for row in rows[1:]]
     if found := [row["mask_search"] for row in rows if "mask_search" in row]:
         search = {"placement": "client", "rule": workspace.no_mask.rule.name}

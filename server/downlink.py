@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import RecordDict
 
 from fedmask.channel import down_way, frame_for, read_frame, whole_frame
 from fedmask.channel.frames import WHOLE
@@ -21,16 +21,20 @@ def down_contents(
     workspace: Workspace, state: RunState, round: int, held: Mapping[int, int], clients: Sequence[int]
 ) -> dict[int, RecordDict]:
     """Each client's message, shared where it is the same. ``held``: by client, the version that it holds."""
-    made: dict[tuple[str, int], RecordDict] = {}
+    frames: dict[tuple[str, int], bytes] = {}
+    made: dict[tuple[str, int, int | None], RecordDict] = {}
     if workspace.config.has_views:
         return _union_contents(workspace, state, round, held, clients)
     changes = down_way(workspace.config.down).change
     out = {}
     for client in clients:
         key = workspace.stream_of(client), held.get(client, 0) if changes else 0
-        if key not in made:
-            made[key] = update_content(_frame(workspace, state, client, *key), round)
-        out[client] = made[key]
+        if key not in frames:
+            frames[key] = _frame(workspace, state, client, *key)
+        said = *key, state.counted.told(client)
+        if said not in made:
+            made[said] = update_content(frames[key], round, said[2])
+        out[client] = made[said]
     return out
 
 
@@ -59,10 +63,10 @@ def _union_contents(
         if key not in frames:
             whole = workspace.union_terms(client, positions).whole(state.round)
             frames[key] = frame_for(state.public[key[0]], key[1], whole)
-        out[client] = update_content(frames[key], round)
+        out[client] = update_content(frames[key], round, state.counted.told(client))
         if isinstance(positions, ByHolders):
             steps = read_frame(frames[key]).base != WHOLE
             own = positions.masks.get(client)
             told = pack_positions(positions, max(0, key[1]), state.round, steps, own, workspace.space)
-            out[client][CONFIG] = ConfigRecord({"round": round, PLACES: told})
+            out[client].config_records[CONFIG][PLACES] = told
     return out

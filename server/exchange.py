@@ -12,9 +12,8 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedmask.flower import content_payload_bytes, message_bytes
-from fedmask.ledger import Ledger, LedgerRow
+from fedmask.ledger import Direction, Kind, Ledger, LedgerRow
 
-Kind = Literal["mask", "train", "evaluate"]
 Status = Literal["ok", "rejected", "failed"]
 
 SURPLUS = "not needed: the round had its replies"
@@ -55,6 +54,13 @@ class Answer:
         self.status, self.reason, self.reply = status, " ".join(reason.split())[:300], None
 
 
+Note = Callable[[Direction, Iterable[Answer]], None]
+
+
+def no_note(way: Direction, answers: Iterable[Answer]) -> None:
+    """What nobody wants to know."""
+
+
 def exchange(
     grid: Grid,
     requests: Iterable[Request],
@@ -64,13 +70,15 @@ def exchange(
     *,
     enough: Callable[[], bool] = lambda: False,
     late: Late | None = None,
+    note: Note = no_note,
 ) -> list[Answer]:
     """Send all requests and wait for the answers, in the order of the requests.
 
     A request that is not answered within ``timeout`` seconds, or is answered with an error, comes
     back as failed; nothing here raises for what a client does. ``arrived`` is called once a request. A
     second reply to one message is a rejected answer of its own, after all others; so is a reply to one of
-    the ``late`` messages, which is taken out of them. No more is waited for once ``enough()``.
+    the ``late`` messages, which is taken out of them. No more is waited for once ``enough()``. ``note`` is
+    told of all messages before they are sent, and of each reply as it comes, after ``arrived``.
     """
     asked = list(requests)
     messages = [
@@ -84,6 +92,7 @@ def exchange(
         Answer(request, request.client, (payloads[id(request.content)], size))
         for request, size in zip(asked, message_bytes(messages), strict=True)
     ]
+    note("down", answers)
     sent = {str(name) for name in grid.push_messages(messages) if name is not None}
     waiting: dict[str, Answer] = {}
     for message, answer in zip(messages, answers, strict=True):
@@ -97,7 +106,7 @@ def exchange(
                 arrived(answer)
     del messages
     late = {} if late is None else late
-    doubles = _collect(grid, waiting, time.monotonic() + timeout, arrived, enough, late)
+    doubles = _collect(grid, waiting, time.monotonic() + timeout, arrived, enough, late, note)
     reason = SURPLUS if enough() else f"no answer within {timeout:g} s"
     for name, answer in waiting.items():
         answer.fail("failed", reason)
@@ -114,6 +123,7 @@ def _collect(
     arrived: Callable[[Answer], None] | None,
     enough: Callable[[], bool],
     late: Late,
+    note: Note,
 ) -> list[Answer]:
     """Fill in the waiting answers until none is left, there are enough, or the deadline has passed.
 
@@ -133,12 +143,14 @@ def _collect(
                 first = answered[name]
                 doubles.append(Answer(first.request, first.client, None, size))
                 doubles[-1].fail("rejected", "a second reply to one message")
+                note("up", doubles[-1:])
                 continue
             if name in late:
                 request, round = late.pop(name)
                 if not reply.has_error():  # an error is what a SuperLink says of a message that is gone
                     doubles.append(Answer(request, request.client, None, size))
                     doubles[-1].fail("rejected", f"a late reply: it answers round {round}")
+                    note("up", doubles[-1:])
                 continue
             if name not in waiting:  # it answers nothing that was asked here
                 continue
@@ -150,6 +162,7 @@ def _collect(
                 answer.reply, answer.status = reply, "ok"
             if arrived:
                 arrived(answer)
+            note("up", [answer])
         pause = _SHORTEST_PAUSE if replies else min(2 * pause, _LONGEST_PAUSE)
         if waiting and not replies:
             # A grid that waits by itself (or a slow link) has used up the pause already.
@@ -162,5 +175,12 @@ def enter(ledger: Ledger, round: int, kind: Kind, answers: Iterable[Answer]) -> 
     """Write an answer's ledger rows: what went down, if it did, and what came up (0 bytes for nothing)."""
     for answer in answers:
         if answer.down is not None:
-            ledger.add(LedgerRow(round, answer.client, "down", kind, *answer.down, "ok"))
-        ledger.add(LedgerRow(round, answer.client, "up", kind, *answer.up, answer.status))
+            ledger.add(row_of(round, kind, "down", answer))
+        ledger.add(row_of(round, kind, "up", answer))
+
+
+def row_of(round: int, kind: Kind, way: Direction, answer: Answer) -> LedgerRow:
+    """One of an answer's two ledger rows."""
+    if way == "down":
+        return LedgerRow(round, answer.client, way, kind, *(answer.down or (0, 0)), "ok")
+    return LedgerRow(round, answer.client, way, kind, *answer.up, answer.status)

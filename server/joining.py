@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from fedmask.codecs import pack_indices
 from fedmask.errors import EnvelopeError, FederationError
 from fedmask.flower import (
+    AFTER,
     ARRAYS,
     KERNEL,
     MASK,
@@ -40,7 +41,9 @@ log = logging.getLogger("flwr")
 @dataclass
 class Roster:
     """``nodes``: partition -> node id of the clients that take part; ``failed``: the others, with reasons;
-    ``seen``: the ids of all nodes that were asked.
+    ``seen``: the ids of all nodes that were asked; ``mute``: of those that did not answer, the round before
+    which they are not asked again, and for how many rounds they were not; ``after``: Flower's numbers of the
+    runs that this one goes on from.
 
     ``rows``: partition -> the rows that a client with data of its own says it has (trained on, held out).
     ``held``: partition -> the version that the client holds of what an earlier process of this run sent.
@@ -51,6 +54,15 @@ class Roster:
     rows: dict[int, tuple[int, int]] = field(default_factory=dict)
     failed: list[dict[str, int | str]] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
+    mute: dict[int, tuple[int, int]] = field(default_factory=dict)
+    after: tuple[int, ...] = ()
+
+    def note_mute(self, round: int, answers: list[Answer]) -> None:
+        """Let nodes that did not answer rest for 2 rounds, then 4, 8, ...: each time costs a wait."""
+        for answer in answers:
+            if answer.message_id:
+                rest = 2 * self.mute.get(answer.request.node, (0, 1))[1]
+                self.mute[answer.request.node] = round + rest, rest
 
 
 def wait_for_nodes(grid: Grid, wanted: int, timeout: float) -> list[int]:
@@ -86,15 +98,17 @@ def join(
     node_timeout: float,
     arrived: Callable[[int], None],
     claims: bool = False,
+    after: Sequence[int] = (),
 ) -> Roster:
     """Offer recipe, precision and kernel to every node, learn its partition, send the mask where needed.
 
     ``arrived(client)`` is called once an answer. ``claims``: nodes may be without a number and are then
-    offered a seat (see ``server.seats``). Raises ``FederationError`` when a client holds another
-    checkpoint, when two nodes claim one partition, or when fewer than ``server.min_replies`` are left.
+    offered a seat (see ``server.seats``). ``after``: see ``Roster``. Raises ``FederationError`` when a client
+    holds another checkpoint, when two nodes claim one partition, or when fewer than ``server.min_replies``
+    are left.
     """
     config = workspace.config
-    offered = _offered(workspace)
+    offered = _offered(workspace, after)
     nodes = wait_for_nodes(grid, config.clients, node_timeout)
     offers = seat_offers(nodes, range(config.clients) if claims else (), offered)
     answers = exchange(
@@ -104,7 +118,8 @@ def join(
         config.server.timeout,
         lambda answer: arrived(answer.client),
     )
-    roster = Roster(seen=set(nodes))
+    roster = Roster(seen=set(nodes), after=tuple(after))
+    roster.note_mute(0, answers)
     needing, standing = _seat(workspace, answers, roster)
     enter(ledger, 0, "mask", answers)
     free = [seat for seat in range(config.clients) if seat not in roster.nodes]
@@ -138,10 +153,11 @@ def rejoin(
     config = workspace.config
     online = set(grid.get_node_ids())
     ask, free = whom_to_ask(online, roster.nodes, roster.seen, lost, config.clients)
+    ask = [node for node in ask if roster.mute.get(node, (0, 1))[0] <= round]
     if not ask:
         return {}
     roster.seen.update(ask)
-    offered = _offered(workspace)
+    offered = _offered(workspace, roster.after)
     held = {node: seat for seat, node in roster.nodes.items()}
     again = {node: held[node] for node in ask if node in held}
     others = [node for node in ask if node not in again]
@@ -150,6 +166,7 @@ def rejoin(
         offers |= told_offers([node], [seat], offered)
     requests = [Request(node, -1, offer) for node, offer in offers.items()]
     answers = exchange(grid, requests, QUERY_JOIN, min(config.server.timeout, REJOIN_SECONDS))
+    roster.note_mute(round, answers)
     found, needing = Roster(), []
     for answer in numbered_first(answers):
         try:
@@ -168,10 +185,11 @@ def rejoin(
     return found.held
 
 
-def _offered(workspace: Workspace) -> dict[str, str]:
+def _offered(workspace: Workspace, after: Sequence[int]) -> dict[str, str | list[str]]:
     recipe = workspace.recipe() if workspace.config.method not in TASK_SPECIFIC else None
-    offered = {RECIPE: recipe.to_json() if recipe else ""}
-    return offered | {PRECISION: workspace.precision, KERNEL: workspace.kernel}
+    offered: dict[str, str | list[str]] = {RECIPE: recipe.to_json() if recipe else ""}
+    offered |= {PRECISION: workspace.precision, KERNEL: workspace.kernel}
+    return offered | ({AFTER: [str(run) for run in after]} if after else {})
 
 
 def _seat(workspace: Workspace, answers: list[Answer], roster: Roster) -> tuple[list[int], list[int]]:

@@ -19,12 +19,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fedmask.channel import up_codec
 from fedmask.config import RunConfig, from_dict
 from fedmask.errors import CheckpointError, ConfigError, FedmaskError
 from fedmask.layout import HEAD_PREFIX
 from fedmask.ledger import Ledger
 from fedmask.workspace import Workspace
 from server.channel_state import channel_tensors, read_channel
+from server.counted import Counted
+from server.journal import with_journal
 from server.record import plain, read_json, write_json, write_lines
 from server.rounds import Row
 from server.state import RunState
@@ -43,7 +46,7 @@ class Point:
     """Where a run goes on: after round ``state.round``.
 
     ``strategy``: see ``ServerStrategy.state``; ``rows``: the rounds' rows up to there; ``ledger_rows``: how
-    many messages had been counted by then; ``record``: the folder's ``config.json``.
+    many messages had been counted by then; ``record``: the folder's ``config.json``; ``file``: the state's.
     """
 
     state: RunState
@@ -51,6 +54,7 @@ class Point:
     ledger_rows: int
     rows: list[Row]
     record: dict[str, Any]
+    file: str
 
     def check(self, record: Mapping[str, Any]) -> None:
         """Raises ``ConfigError`` unless ``record``, made now, finds the model and the rows of then."""
@@ -60,6 +64,12 @@ class Point:
                     f"--resume: the run's {key} in config.json are not those found now: the pre-trained model"
                     f" or the rows have changed; {_INSTEAD}"
                 )
+
+    @property
+    def flower_runs(self) -> list[int]:
+        """Flower's numbers of the processes that the run had so far, the last one last."""
+        before = [one.get("flower_run_before") for one in self.record.get("resumed", [])]
+        return [run for run in (*before, self.record.get("flower_run")) if isinstance(run, int)]
 
     def settle_precision(self, workspace: Workspace) -> dict[str, float]:
         """Let ``workspace`` use the run's first precision and kernel; nothing is measured again."""
@@ -75,10 +85,11 @@ class Point:
         Messages of a round that did not end stay in the ledger as ``aborted``; those of ``joining`` again
         belong to no round (-1).
         """
-        rows = list(Ledger.read_jsonl(folder / "ledger.jsonl"))
+        rows = with_journal(folder, list(Ledger.read_jsonl(folder / "ledger.jsonl")))
+        aborted = [replace(row, status="aborted") for row in rows[self.ledger_rows :]]
         kept = [
             *rows[: self.ledger_rows],
-            *(replace(row, status="aborted") for row in rows[self.ledger_rows :]),
+            *aborted,
             *(replace(row, round=-1) for row in joining),
         ]
         write_lines(folder / "rounds.jsonl", self.rows)
@@ -86,7 +97,13 @@ class Point:
         part.unlink(missing_ok=True)
         Ledger(kept).write_jsonl(part)
         os.replace(part, folder / "ledger.jsonl")
+        if self.file != STATE:  # the damaged one must not become the one before
+            os.replace(folder / self.file, folder / STATE)
         now = {"after_round": self.state.round, "engine": record["engine"], "versions": record["versions"]}
+        now["flower_run_before"] = self.record.get("flower_run")
+        if note := self._too_far(max((row.round for row in aborted if row.kind == "train"), default=0)):
+            log.warning("fedmask: %s", note)
+            now["note"] = note
         resumed = {
             "config": record["config"],
             "flower_run": record.get("flower_run"),
@@ -96,11 +113,27 @@ class Point:
         return Ledger.read_jsonl(folder / "ledger.jsonl")
 
 
+    def _too_far(self, begun: int) -> str:
+        """What it means that round ``begun`` was begun before: clients keep what one round began with.
+
+        A state further back comes only of a damaged newer one.
+        """
+        config, next_round = from_dict(self.record["config"]), self.state.round + 1
+        keeps = up_codec(config.up).keeps_state or config.server.sharing == "local-heads"
+        if not keeps or begun <= next_round:
+            return ""
+        return (
+            f"round {next_round} is done again although round {begun} had begun, and what clients of both"
+            " carry (residuals of error feedback, heads of their own) is no longer what it was before round"
+            f" {next_round}: the result may differ from that of a run without an interruption"
+        )
+
+
 def save_state(folder: Path, state: RunState, strategy: Mapping[str, np.ndarray], ledger_rows: int) -> None:
     """Write the state after a round; the one before is kept, older ones are gone."""
     tensors = {_SHARED: state.shared}
     tensors |= {HEAD_PREFIX + task: head for task, head in state.heads.items()}
-    tensors |= channel_tensors(state)
+    tensors |= channel_tensors(state) | state.counted.tensors()
     tensors |= {_STRATEGY + name: values for name, values in strategy.items()}
     tensors = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
     metadata = {"format": _FORMAT, "version": "1", "round": str(state.round), "ledger_rows": str(ledger_rows)}
@@ -171,8 +204,9 @@ def _read(folder: Path, name: str, record: dict[str, Any]) -> Point:
     counted = len(Ledger.read_jsonl(folder / "ledger.jsonl"))
     if [row.get("round") for row in rows] != list(range(round + 1)) or counted < ledger_rows:
         raise CheckpointError(f"{name}: after round {round}, but rounds.jsonl or ledger.jsonl ends before")
-    state = RunState(round, tensors[_SHARED], heads, *read_channel(tensors, round))
-    return Point(state, strategy, ledger_rows, rows, record)
+    channel = read_channel(tensors, round)
+    state = RunState(round, tensors[_SHARED], heads, *channel, counted=Counted.read(tensors))
+    return Point(state, strategy, ledger_rows, rows, record, name)
 
 
 def _rows(path: Path) -> Iterator[Row]:

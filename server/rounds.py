@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,16 @@ from fedmask.channel import up_codec
 from fedmask.config import RunConfig
 from fedmask.errors import EnvelopeError, FederationError, FedmaskError
 from fedmask.flower import EVALUATE, EXAMPLES, HELD_OUT, SECONDS, TRAIN, behind_version
-from fedmask.ledger import Ledger
+from fedmask.ledger import Kind, Ledger
 from fedmask.rng import rng_for
 from fedmask.training import planned_steps
 from fedmask.workspace import Workspace
 from server.bounds import within_bounds
 from server.downlink import down_contents
 from server.evaluation import Scores, central_scores, task_means
-from server.exchange import SURPLUS, Answer, Late, Request, enter, exchange
+from server.exchange import SURPLUS, Answer, Late, Request, enter, exchange, no_note
 from server.joining import Roster
+from server.journal import Journal
 from server.norms import beside_median, norm
 from server.observer import Observer
 from server.replies import Most, read_scores, read_training
@@ -80,6 +82,7 @@ class Federation:
         ledger: Ledger,
         observer: Observer,
         most: Mapping[int, Most],
+        journal: Journal | None = None,
     ) -> None:
         """``most``: by partition, what a client may claim (see ``most_claims``)."""
         self.workspace = workspace
@@ -90,6 +93,7 @@ class Federation:
         self.ledger = ledger
         self.observer = observer
         self.most = most
+        self.journal = journal
         self.late: Late = {}
 
     def sample(self, round: int) -> tuple[int, ...]:
@@ -145,7 +149,10 @@ class Federation:
         held = state.held | {reply.client: state.round for reply in good}
         own = {reply.client: reply.indices for reply in good if reply.indices is not None}
         holders = state.holders.with_round(round, own) if own else state.holders
-        after = RunState(round, combined.shared, combined.heads, state.public, held, holders)
+        counted = state.counted
+        if up_codec(self.config.up).keeps_state:
+            counted = counted.after(round, clients, [reply.client for reply in good])
+        after = RunState(round, combined.shared, combined.heads, state.public, held, holders, counted)
         after.publish(self.workspace, combined.factors)
         row.update(self._measured(good))
         row["replied"] = sorted(reply.client for reply in good)
@@ -210,7 +217,7 @@ class Federation:
         state: RunState,
         round: int,
         clients: Sequence[int],
-        kind: str,
+        kind: Kind,
         arrived: Callable[[Answer], None],
         enough: Callable[[], bool] = lambda: False,
     ) -> list[Answer]:
@@ -239,7 +246,7 @@ class Federation:
         round: int,
         clients: Sequence[int],
         held: Mapping[int, int],
-        kind: str,
+        kind: Kind,
         arrived: Callable[[Answer], None],
         enough: Callable[[], bool],
     ) -> list[Answer]:
@@ -247,7 +254,8 @@ class Federation:
         requests = [Request(self.roster.nodes[client], client, contents[client]) for client in clients]
         seconds = self.config.server.timeout
         late = self.late if kind == TRAIN else None
-        return exchange(self.grid, requests, kind, seconds, arrived, enough=enough, late=late)
+        note = partial(self.journal.note, round, kind) if self.journal else no_note
+        return exchange(self.grid, requests, kind, seconds, arrived, enough=enough, late=late, note=note)
 
     def _judge(self, answer: Answer, state: RunState) -> list[Contribution]:
         """A reply as a contribution, or none with the reason in the answer; the reply itself is let go."""

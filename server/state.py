@@ -12,6 +12,7 @@ from fedmask.positions import ByHolders, Positions
 from fedmask.sharing import common_size, travelling
 from fedmask.views import View
 from fedmask.workspace import Workspace
+from server.counted import Counted
 
 
 @dataclass
@@ -24,7 +25,8 @@ class RunState:
     stream, what the clients can hold of it, where changes are sent down (``fedmask.channel.public``).
     ``held``: by client, the version that it confirmed last; 0, the pre-trained model, for those not named.
     ``holders``: clients' own masks, where they have them; ``shared`` then, and with a mask that moves,
-    begins with the values at the known positions.
+    begins with the values at the known positions. ``counted``: whose replies were used, where clients need to
+    know it.
     """
 
     round: int
@@ -33,6 +35,7 @@ class RunState:
     public: dict[str, Public] = field(default_factory=dict)
     held: dict[int, int] = field(default_factory=dict)
     holders: ByHolders = field(default_factory=ByHolders)
+    counted: Counted = field(default_factory=Counted)
 
     @classmethod
     def start(cls, workspace: Workspace) -> RunState:

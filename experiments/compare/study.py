@@ -13,7 +13,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fedmask.config import Metric, Name, PartitionConfig, Real, RunConfig, Settings, Whole, read_toml
+from fedmask.config import (
+    MethodName,
+    Metric,
+    Name,
+    PartitionConfig,
+    Real,
+    RunConfig,
+    Settings,
+    Whole,
+    read_toml,
+)
 from fedmask.errors import ConfigError, unknown
 from fedmask.methods import METHODS
 
@@ -93,19 +103,12 @@ class Variant(Settings):
     """
 
     name: VariantName
-    method: str
+    method: MethodName
     lr: tuple[Real, ...] = Field(min_length=1)
     tune: str = "train.lr"
     follow: dict[str, Real] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
     budget: Budget | None = None
-
-    @field_validator("method")
-    @classmethod
-    def _method_is_known(cls, value: str) -> str:
-        if value not in METHODS:
-            raise ConfigError(unknown("method", value, METHODS))
-        return value
 
     @field_validator("lr")
     @classmethod

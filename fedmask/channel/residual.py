@@ -1,8 +1,9 @@
 """What error feedback carries on a client from round to round.
 
-Both the residual before its last round and the one after are kept, so that a round that is repeated starts
-from the one before it. Each value is kept as a bfloat16, so the two together take 4 bytes an entry; what this
-rounds off (at most 2^-9 of a residual that is itself a rounding error) is the only thing that is ever lost.
+Both the residual before its last round and the one after are kept, so that a round that is repeated, or
+whose reply was not used, starts from the one before it. Each value is kept as a bfloat16, so the two together
+take 4 bytes an entry; what this rounds off (at most 2^-9 of a residual that is itself a rounding error) is
+the only thing that is ever lost.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ class Residual:
     before: bytes
     after: bytes
 
-    def at_start_of(self, round: int) -> State:
-        """float32 [n] to begin ``round`` with; None: nothing, also when what it began with is long gone."""
+    def at_start_of(self, round: int, counted: int | None = None) -> State:
+        """float32 [n] to begin ``round`` with; None: nothing, also when what it began with is long gone.
+
+        ``counted``: the last round whose reply the server used, where it says that a later one was not.
+        """
         if round < self.round:
             return None
-        data = self.after if round > self.round else self.before
+        used = self.round < round and (counted is None or self.round <= counted)
+        data = self.after if used else self.before
         return from_bf16(np.frombuffer(data, "<u2")) if data else None
 
     @classmethod

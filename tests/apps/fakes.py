@@ -34,7 +34,7 @@ class QuickApp:
             return Message(behind_content(behind.held), reply_to=message)
         noise = rng_for(1, number, client, "fake").standard_normal(vector.size)
         change = (0.01 * noise - 0.1 * vector).astype(np.float32)
-        envelope = packed_change(workspace, context, client, number, change)
+        envelope = packed_change(workspace, context, client, message.content, change)
         train, held_out = map(len, workspace.split(client))
         metrics = {
             "num-examples": min(10 + client, train),

@@ -23,7 +23,7 @@ from server.record import RunFolder
 from server.resume import STATE
 from tests.apps.fakes import quick_app
 from tests.apps.grids import read_rows
-from tests.apps.test_resume import assert_same, quick
+from tests.apps.test_resume import assert_aborted_as_sent, assert_same, quick
 
 MakeConfig = Callable[..., RunConfig]
 KILLS = 30
@@ -31,8 +31,8 @@ KILLS = 30
 
 @pytest.fixture
 def make_config(make_config: MakeConfig) -> MakeConfig:
-    """Without the comparison with clients' own masks, which takes longer than the rounds here."""
-    return partial(make_config, overlap_batches=0, eval_rows=2)
+    """Little to score."""
+    return partial(make_config, eval_rows=2)
 
 
 # One process loads everything and forks a child for each attempt: only so are 30 attempts affordable.
@@ -127,6 +127,11 @@ def test_killed_thirty_times_and_still_the_same(make_config: MakeConfig) -> None
     assert_same(folder, whole)
     ledger = read_rows(folder, "ledger")
     aborted = [row for row in ledger if row["status"] == "aborted"]
+    # Every broken round is there with what went down; what came up is what had come.
+    broken = assert_aborted_as_sent(folder, whole)
+    sent = {(number, client) for number, client, way in broken if way == "down"}
+    assert {(number, client) for number, client, way in broken if way == "up"} < sent
+    assert sent == {(number, client) for number, _client in sent for client in range(4)}
     record = json.loads((folder / "config.json").read_text())
     assert record["resumed"] and all(0 <= one["after_round"] <= 80 for one in record["resumed"])
     assert {row["kind"] for row in aborted} <= {"train", "mask"}  # joining again counts too

@@ -14,15 +14,32 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from experiments.engines import default_workers, run_inprocess
 from experiments.inprocess import InProcessGrid
+from fedmask.channel import up_codec
+from fedmask.codecs import encode_update
 from fedmask.config import RunConfig
 from fedmask.delta import read_delta
 from fedmask.errors import ConfigError, FedmaskError
+from fedmask.flower import (
+    EXAMPLES,
+    HELD_OUT,
+    LOSSES,
+    MAX_METRICS,
+    SCORES,
+    TRAIN,
+    content_payload_bytes,
+    ensure_identity,
+    message_bytes,
+    reply_content,
+    update_content,
+)
 from fedmask.kernels import available_kernels
+from fedmask.layout import Layout, Segment
 from fedmask.ledger import Ledger
+from fedmask.rng import rng_for
 from fedmask.workspace import get_workspace
 from server.app import make_server_app
 from server.joining import join
@@ -108,7 +125,7 @@ def test_every_message_is_counted(make_config: MakeConfig) -> None:
     for row in ledger:
         if row.kind == "train":
             assert row.payload_bytes == 4 * workspace.layout(workspace.task_of(row.client)).size
-            assert row.payload_bytes < row.message_bytes <= row.payload_bytes + 1300  # with eight metrics
+            assert row.payload_bytes < row.message_bytes <= row.payload_bytes + 1300
     rows = read_rows(result.folder, "rounds")
     for row in rows:
         for way in ("up", "down"):
@@ -122,6 +139,24 @@ def test_every_message_is_counted(make_config: MakeConfig) -> None:
         result.summary["costs"]["shared-mask"]["up_bytes"]
         == ledger.total(kind="train", direction="up").payload_bytes
     )
+
+
+@pytest.mark.parametrize("size", [1000, 200_000])
+def test_an_update_with_nine_metrics_is_hardly_larger_than_its_values(size: int) -> None:
+    """As many as a reply may have, with the longest name that any has: at most 1,300 bytes more."""
+    ensure_identity()
+    layout = Layout((Segment("mask", size), Segment("bias", 9216), Segment("head/sentiment", 1155)))
+    values = rng_for(0, 1, 0, "test").standard_normal(layout.size).astype(np.float32)
+    envelope, _ = encode_update(values, layout, codec=up_codec("fp32"), digest="ab" * 32, round=1000)
+    metrics: dict[str, float] = dict.fromkeys((*SCORES, *LOSSES, HELD_OUT, "steps"), 1 / 3)
+    metrics |= {EXAMPLES: 10**6, "one-more-score": 1 / 3}
+    assert len(metrics) == MAX_METRICS
+    asked = Message(update_content(b"frame", 1000), dst_node_id=2**64 - 1, message_type=TRAIN)
+    asked.metadata.__dict__["_message_id"] = "0" * 64
+    reply = Message(reply_content(envelope, metrics), reply_to=asked)
+    overhead = message_bytes([reply])[0] - content_payload_bytes(reply.content)
+    assert content_payload_bytes(reply.content) == 4 * layout.size
+    assert 1000 < overhead <= 1300
 
 
 def test_half_precision_halves_the_payload(make_config: MakeConfig) -> None:
@@ -216,7 +251,7 @@ def test_a_round_is_a_function_of_its_state(make_config: MakeConfig) -> None:
 
 
 def test_an_existing_run_is_not_touched_unless_asked(make_config: MakeConfig) -> None:
-    config = make_config(rounds=1)
+    config = make_config((1,), rounds=1, eval_rows=2)
     first = run_inprocess(config, client_evaluation=False).folder
     before = {path.name: path.read_bytes() for path in first.iterdir()}
     with pytest.raises(ConfigError, match=r"expected a new folder, found an older run; .*--overwrite"):
@@ -314,7 +349,7 @@ def test_a_folder_that_came_meanwhile_is_kept(make_config: MakeConfig, tmp_path:
 def test_a_failing_comparison_does_not_lose_the_run(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(rounds=1)
+    config = make_config((1, 1), rounds=1, overlap_batches=1)
     plain = run_inprocess(config.model_copy(update={"name": "plain"})).summary
     monkeypatch.setattr("server.app.measured_unions", _no_memory)
     result = run_inprocess(config)
@@ -416,8 +451,9 @@ if __name__ == "__main__":
 
 def test_ray_agrees_bit_for_bit(make_config: MakeConfig, tmp_path: Path) -> None:
     """In a process of its own: Ray leaves open files and threads behind, which are warnings here."""
-    one = run_inprocess(make_config(rounds=1))
-    config = make_config(rounds=1, workers=2, name="ray")
+    clients = (2, 1)
+    one = run_inprocess(make_config(clients, rounds=1))
+    config = make_config(clients, rounds=1, workers=1, name="ray")  # one actor; two nodes: test_ray_cluster
     done = subprocess.run(
         [sys.executable, "-c", _ON_RAY],
         input=config.model_dump_json(),

@@ -156,14 +156,16 @@ def test_rows_from_the_disk_give_the_same_run_and_damage_is_read_anew(
         for turn in range(3):
             _workspace.cache_clear()  # as a process that starts anew
             assert run_on(InProcessGrid(settings)).summary["vector_sha256"] == expected
-            files = sorted(cache.glob("shards/*"))
+            files, (mask,) = sorted(cache.glob("shards/*")), sorted(cache.glob("masks/*"))
             assert len(files) == settings.clients
-            assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
-            assert {path.stat().st_mode & 0o777 for path in (cache, cache / "shards")} == {0o700}
+            assert {path.stat().st_mode & 0o777 for path in (mask, *files)} == {0o600}
+            folders = (cache, cache / "shards", cache / "masks")
+            assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}
             if turn == 1:
                 files[0].write_bytes(files[0].read_bytes()[:-3])
-                data = files[1].read_bytes()
-                files[1].write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+                for path in (files[1], mask):
+                    data = path.read_bytes()
+                    path.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
         monkeypatch.delenv("FEDMASK_CACHE")
 
 
@@ -187,7 +189,7 @@ def test_cached_rows_are_those_of_what_they_depend_on(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shard_cache.os, "replace", full)
-    shard_cache._write(first, b"rows")
+    shard_cache.write_private(first, b"rows")
     assert list(first.parent.iterdir()) == []  # nothing of it is left, and nothing is raised
 
 

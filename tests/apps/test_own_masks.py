@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from fedmask.errors import ConfigError
 from fedmask.flower import INDICES, PLACES
 from fedmask.ledger import Ledger
 from fedmask.workspace import Workspace, get_workspace
-from server.observer import Silent
 from server.resume import STATE
 from tests.apps.grids import TamperedGrid, read_rows, run_on
-from tests.apps.test_resume import Cuts, PowerCut, spoil
+from tests.apps.test_resume import Cuts, PowerCut, assert_same, broken_and_resumed, spoil
 
 MakeConfig = Callable[..., RunConfig]
 SCORES = {"samples": 24, "batches": 1, "steps": 2}
@@ -59,7 +58,7 @@ def test_an_older_state_of_the_server_goes_on(make_config: MakeConfig, ways: dic
 @pytest.mark.parametrize("method", ["fish"])
 def test_every_message_of_two_rounds(make_config: MakeConfig, method: str) -> None:
     """Values of the union and the indices that are new go down; k values, and the mask once, come up."""
-    config = own(make_config, method=method)
+    config = own(make_config, method=method, overlap_batches=2)
     result = run_inprocess(config)
     masks, workspace = masks_of(config), Workspace(config)
     space, union = workspace.space, np.unique(np.concatenate(list(masks.values())))
@@ -116,27 +115,17 @@ def test_the_mean_of_an_entry_is_over_those_that_hold_it(make_config: MakeConfig
     np.testing.assert_allclose(result.state.heads["mood"], head, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("codecs", [{"up": "fp16"}, {"up": "int4+ef", "down": "int8+delta"}])
-def test_workers_and_resuming_change_no_bit(make_config: MakeConfig, codecs: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("codecs", "workers"), [({"up": "fp16"}, 1), ({"up": "int4+ef", "down": "int8+delta"}, 2)]
+)
+def test_workers_and_resuming_change_no_bit(
+    make_config: MakeConfig, codecs: dict[str, str], workers: int
+) -> None:
     config = own(make_config, rounds=4, server={"clients_per_round": 2}, **codecs)
     whole = run_inprocess(config)
     assert whole.summary["unscored"] == []
-    if "ef" in codecs["up"]:  # what error feedback carries is lost with the clients of a run that breaks off
-        two = run_inprocess(config.model_copy(update={"workers": 2}), existing="overwrite")
-        assert two.summary["vector_sha256"] == whole.summary["vector_sha256"]
-        assert two.summary["bytes"] == whole.summary["bytes"]
-        return
-
-    class Stop(Silent):
-        def on_round_end(self, row: Mapping[str, Any]) -> None:
-            if row["round"] == 2:
-                raise KeyboardInterrupt
-
-    broken = config.model_copy(update={"name": "broken"})
-    with pytest.raises(KeyboardInterrupt):
-        run_on(InProcessGrid(broken), observer=Stop())
-    resumed = run_on(InProcessGrid(broken), existing="resume")
-    assert resumed.summary["vector_sha256"] == whole.summary["vector_sha256"]
+    resumed = broken_and_resumed(config, workers=workers)
+    assert_same(resumed.folder, whole.folder)
 
 
 class Forgetful:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from experiments.engines import run_inprocess
-from experiments.inprocess import InProcessGrid
 from fedmask.config import RunConfig
 from fedmask.delta import read_delta
 from fedmask.errors import ConfigError
 from fedmask.ledger import Ledger
 from fedmask.masks import agree_by_scores, agree_by_votes, pack_top_scores, pack_votes
 from fedmask.methods import TASK_SPECIFIC
-from fedmask.workspace import Workspace, get_workspace
-from server.observer import Silent
-from tests.apps.grids import read_rows, run_on
+from fedmask.workspace import Workspace
+from tests.apps.grids import read_rows
+from tests.apps.test_resume import broken_and_resumed
 
 MakeConfig = Callable[..., RunConfig]
 SCORES = {"samples": 24, "batches": 1, "steps": 2}
@@ -54,11 +53,6 @@ def test_agreed_masks_are_what_the_clients_said(make_config: MakeConfig, kind: s
     delta = read_delta(result.folder / "delta.safetensors")
     np.testing.assert_array_equal(delta.indices, wanted.indices)
     np.testing.assert_array_equal(delta.segments["mask"], result.state.shared)
-    if kind == "votes":
-        return
-    again = run_inprocess(config.model_copy(update={"workers": 2}), existing="overwrite")
-    assert again.summary["vector_sha256"] == result.summary["vector_sha256"]
-    assert again.summary["bytes"] == result.summary["bytes"]
 
 
 # Each method in each placement, each with a family of codecs: plain, quantized, sign, top-k.
@@ -115,20 +109,10 @@ def test_a_server_finds_the_mask_on_rows_of_its_own(make_config: MakeConfig, met
 
 
 def test_a_run_that_goes_on_keeps_its_mask(make_config: MakeConfig) -> None:
-    """The mask is read from the folder, not searched again, and the end is that of an uninterrupted run."""
+    """It is read from the folder, not searched again, and the end is that of an uninterrupted run."""
     config = make_config(method="gradient", rounds=3, scores=SCORES)
-    whole = run_inprocess(config, client_evaluation=False)
-
-    class Stop(Silent):
-        def on_round_end(self, row: Mapping[str, Any]) -> None:
-            if row["round"] == 1:
-                raise KeyboardInterrupt
-
-    broken = config.model_copy(update={"name": "broken"})
-    with pytest.raises(KeyboardInterrupt):
-        run_on(InProcessGrid(broken), observer=Stop())
-    get_workspace(broken).forget_mask()
-    resumed = run_on(InProcessGrid(broken), existing="resume")
+    whole = run_inprocess(config)
+    resumed = broken_and_resumed(config, round=1)
     assert resumed.summary["vector_sha256"] == whole.summary["vector_sha256"]
     assert resumed.summary["mask_search"]["clients"] == 5
     rows = Ledger.read_jsonl(resumed.folder / "ledger.jsonl")

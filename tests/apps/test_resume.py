@@ -22,6 +22,9 @@ from experiments.runs import read_run
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError, FederationError
 from fedmask.ledger import Ledger
+from fedmask.workspace import get_workspace
+from server.app import RunResult
+from server.journal import JOURNAL
 from server.observer import Silent
 from server.resume import PREVIOUS, STATE
 from tests.apps.fakes import quick_app
@@ -81,8 +84,43 @@ def totals(folder: Path) -> dict[Any, Any]:
     )
 
 
+def broken_and_resumed(config: RunConfig, round: int = 2, workers: int = 1) -> RunResult:
+    """The run ``broken``, of real clients: stopped after a round, and brought to its end by ``workers``."""
+    broken = config.model_copy(update={"name": "broken"})
+    with pytest.raises(PowerCut):
+        run_inprocess(broken, Cuts("end", round))
+    get_workspace(broken).forget_mask()  # as in a process that starts anew
+    return run_inprocess(broken.model_copy(update={"workers": workers}), existing="resume")
+
+
+Way = tuple[int, int, str]
+
+
+def assert_aborted_as_sent(folder: Path, whole: Path, ways: list[Way] | None = None) -> set[Way]:
+    """What an interruption left of a round is in the ledger: each message at the bytes that it has elsewhere.
+
+    ``ways``: the messages of training that must be there, if exactly these.
+    """
+    sizes = {
+        (row["round"], row["client"], row["direction"]): (row["payload_bytes"], row["message_bytes"])
+        for row in read_rows(whole, "ledger")
+        if row["kind"] == "train"
+    }
+    rows = [row for row in read_rows(folder, "ledger") if row["status"] == "aborted"]
+    found = []
+    for row in rows:
+        if row["kind"] == "train":
+            found.append((row["round"], row["client"], row["direction"]))
+            assert (row["payload_bytes"], row["message_bytes"]) == sizes[found[-1]]
+    assert ways is None or found == ways
+    return set(found)
+
+
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row | {"seconds": 0} for row in rows]
+    """A run's rounds without what differs from run to run: how long things took."""
+    took = {"seconds": 0}
+    own = [{"mask_search": row["mask_search"] | took} if "mask_search" in row else {} for row in rows]
+    return [row | took | search for row, search in zip(rows, own, strict=True)]
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -111,8 +149,9 @@ def assert_same(one: Path, other: Path) -> None:
 def test_resumed_equals_uninterrupted(
     make_config: MakeConfig, server: dict[str, Any], place: str, round: int
 ) -> None:
-    whole = quick(make_config(name="whole", rounds=4, server=server)).folder
-    config = make_config(rounds=4, server=server)
+    overlap = {"overlap_batches": 2 if (place, server) == ("reply", ADAM) else 0}
+    whole = quick(make_config(name="whole", rounds=4, server=server, **overlap)).folder
+    config = make_config(rounds=4, server=server, **overlap)
     folder = cut(config, place, round)
     assert quick(config, existing="resume").folder == folder
     assert_same(folder, whole)
@@ -125,6 +164,7 @@ _KILLED = """
 import os, signal, sys
 from experiments.engines import run_inprocess
 from fedmask.config import from_json
+from server.journal import JOURNAL
 from server.observer import Silent
 
 class Dies(Silent):
@@ -162,8 +202,10 @@ def test_a_killed_process_goes_on_from_the_command_line(
     out, err = capfd.readouterr()
     assert "going on after round 1" in err
     folder = Path(json.loads(out)["folder"])
+    assert not (folder / JOURNAL).exists()
     whole = run_inprocess(make_config(clients=(2, 1), rounds=3, server=ADAM, name="whole")).folder
     assert_same(folder, whole)
+    assert_aborted_as_sent(folder, whole, [(2, 0, "down"), (2, 1, "down"), (2, 2, "down"), (2, 0, "up")])
     text = render(read_run(folder))
     assert "went on after round 1" in " ".join(text.split())
 
@@ -194,7 +236,7 @@ def test_twice_interrupted_and_with_more_rounds(make_config: MakeConfig) -> None
     folder = cut(config, "reply", 2)
     with pytest.raises(PowerCut):
         quick(config, Cuts("reply", 4), "resume")
-    quick(make_config(rounds=5, server=ADAM, workers=None), existing="resume")
+    quick(make_config(rounds=5, server=ADAM), existing="resume")
     assert_same(folder, whole)
     assert json.loads((folder / "config.json").read_text())["config"]["rounds"] == 5
 

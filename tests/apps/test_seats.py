@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from clients.app import make_client_app
 from experiments.inprocess import InProcessGrid
 from fedmask.config import RunConfig
 from fedmask.flower import SEAT
+from server import joining
 from server.seats import whom_to_ask
 from tests.apps.grids import read_rows, run_on
 
@@ -39,24 +41,26 @@ class Nodes:
 
 
 class ClaimingGrid(InProcessGrid):
-    """``count`` nodes that are known by their number alone. ``restart`` forgets what Flower kept for one."""
+    """``count`` nodes that are known by their number alone.
+
+    ``restarted``: before which round node 3 is started again, and whether under a new id (as nodes without a
+    registered key are). What Flower kept for it is gone then.
+    """
 
     def __init__(self, config: RunConfig, nodes: Nodes, count: int) -> None:
         super().__init__(config, 1, lambda _config: nodes)  # type: ignore[arg-type, return-value]
         self._partitions = {1000 + number: number for number in range(count)}
-        self.before: Callable[[str], None] = lambda kind: None
+        self.round, self.restarted = 0, (0, False)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         sent = list(messages)
-        for kind in {message.metadata.message_type for message in sent}:
-            self.before(kind)
+        if sent and sent[0].metadata.message_type == "train":
+            self.round += 1
+            if self.round == self.restarted[0]:
+                self.states.put(1003, None)
+                if self.restarted[1]:
+                    self._partitions[2003] = 3
         return super().push_messages(sent)
-
-    def restart(self, number: int, as_new: bool) -> None:
-        """Node ``number`` was started again: under its old id (registered nodes), or under a new one."""
-        self.states.put(1000 + number, None)
-        if as_new:
-            self._partitions[2000 + number] = number
 
 
 @pytest.mark.parametrize("fixed", [{}, {1: 0, 3: 2}])
@@ -82,15 +86,7 @@ def test_a_node_that_was_started_again_gets_its_own_seat_again(
     config = make_config(rounds=4, precision="auto")
     nodes = Nodes(config, tmp_path / "state", monkeypatch, {})
     grid = ClaimingGrid(config, nodes, 5)
-    rounds = 0
-
-    def before(kind: str) -> None:
-        nonlocal rounds
-        rounds += kind == "train"
-        if kind == "train" and rounds == 2:
-            grid.restart(3, as_new)
-
-    grid.before = before
+    grid.restarted = 2, as_new
     run = run_on(grid, engine="superlink")
     seats = {seat for _, number, seat in nodes.did if number == 3 and seat >= 0}
     assert len(seats) == 1
@@ -110,20 +106,40 @@ def test_a_node_that_comes_back_with_nothing_is_sent_the_whole_at_once(
     config = make_config(rounds=4, down="int4+delta", mask_transport="packed")
     nodes = Nodes(config, tmp_path / "state", monkeypatch, {})
     grid = ClaimingGrid(config, nodes, 5)
-    rounds = 0
-
-    def before(kind: str) -> None:
-        nonlocal rounds
-        rounds += kind == "train"
-        if kind == "train" and rounds == 3:
-            grid.restart(3, False)
-
-    grid.before = before
+    grid.restarted = 3, False
     run = run_on(grid, engine="superlink")
     (seat,) = {seat for _, number, seat in nodes.did if number == 3 and seat >= 0}
     down = [row for row in read_rows(run.folder, "ledger")
             if (row["client"], row["round"], row["direction"]) == (seat, 4, "down")]  # fmt: skip
     assert [row["kind"] for row in down] == ["mask", "mask", "train"]  # offer, mask, and the vector once
+
+
+def test_a_node_that_never_answers_is_asked_less_and_less(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spare one, while another node's seat is free: each time costs a round the wait for it."""
+    monkeypatch.setattr(joining, "REJOIN_SECONDS", 0.05)
+    config = make_config(clients=(2,), rounds=9)
+    nodes = Nodes(config, tmp_path / "state", monkeypatch, {})
+    grid = ClaimingGrid(config, nodes, 3)
+    asked: list[int] = []
+    round, push = 0, grid.push_messages
+
+    def without_the_mute(messages: Iterable[Message]) -> Iterable[str]:
+        nonlocal round
+        sent = list(messages)
+        round += sent[0].metadata.message_type == "train"
+        if round:  # since round 1 one client's node is gone, and the spare one is mute
+            grid._partitions.pop(1001, None)
+            asked.extend(round + 1 for one in sent if one.metadata.dst_node_id == 1002)
+        names = list(push(sent))
+        grid._queue = deque(entry for entry in grid._queue if not round or entry[2].node != 1002)
+        return names
+
+    monkeypatch.setattr(grid, "push_messages", without_the_mute)
+    run = run_on(grid, engine="superlink")
+    assert asked == [2, 4, 8]
+    assert [row["replied"] for row in read_rows(run.folder, "rounds")[1:]] == [[0]] * 9
 
 
 def test_whom_to_ask_between_rounds() -> None:

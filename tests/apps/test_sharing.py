@@ -70,15 +70,6 @@ def test_a_head_s_only_client_may_as_well_keep_it(make_config: MakeConfig, tmp_p
         export_run(home.folder, tmp_path / "out")
 
 
-def test_processes_keep_the_heads_too(make_config: MakeConfig) -> None:
-    runs = [
-        run_inprocess(make_config((2,), name=f"w{workers}", workers=workers, server=sharing("local-heads")))
-        for workers in (1, 2)
-    ]
-    assert runs[0].summary["vector_sha256"] == runs[1].summary["vector_sha256"]
-    assert runs[0].summary["clients"] == runs[1].summary["clients"]
-
-
 @pytest.mark.parametrize("place", ["start", "end"])
 def test_heads_that_stay_are_found_again_after_an_interruption(make_config: MakeConfig, place: str) -> None:
     whole = run_inprocess(make_config((2,), name="whole", rounds=3, server=sharing("local-heads")))

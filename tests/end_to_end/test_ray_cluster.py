@@ -38,7 +38,9 @@ if __name__ == "__main__":
 @pytest.mark.timeout(180)
 def test_two_nodes_share_the_clients_and_load_the_backbone_once_each(tmp_path: Path) -> None:
     folder = save_run_files(tmp_path / "files")
-    config = run_config(folder, name="cluster", workers=None, runs_dir=str(tmp_path / "runs"))
+    # Clients keep what they received and their residuals, wherever their messages are answered.
+    ways = {"up": "int4+ef", "down": "int4+delta"}
+    config = run_config(folder, name="cluster", workers=None, runs_dir=str(tmp_path / "runs"), **ways)
     temporary = tempfile.mkdtemp(prefix="ray-")  # short: it holds Unix sockets
     try:
         done = subprocess.run(
@@ -61,7 +63,7 @@ def test_two_nodes_share_the_clients_and_load_the_backbone_once_each(tmp_path: P
     assert len(loads) == len(set(loads)) == 2 and set(loads) == set(messages)
     assert len({note["node"] for note in notes}) == 2
     assert len(messages) == 3 * (1 + config.rounds + 1)  # joining, training, the last evaluation
-    here = run_inprocess(run_config(folder, name="here", runs_dir=str(tmp_path / "runs")))
+    here = run_inprocess(run_config(folder, name="here", runs_dir=str(tmp_path / "runs"), **ways))
     there = json.loads((tmp_path / "runs" / "cluster" / "summary.json").read_text())
     assert here.summary["vector_sha256"] == there["vector_sha256"]
 

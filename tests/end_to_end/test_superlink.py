@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
 import socket
-import subprocess
-import sysconfig
-import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 
 import fedmask._env  # noqa: F401  (before flwr is imported)
@@ -34,142 +25,13 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate
 from experiments.engines import RemoteRun, run_superlink
 from experiments.inprocess import InProcessGrid
 from experiments.runs import read_run
-from fedmask.config import RunConfig, from_dict
+from fedmask.config import from_dict
 from fedmask.errors import ConfigError, FederationError
 from fedmask.flower import ensure_identity, reply_content
 from fedmask.ledger import Ledger
 from tests.apps.grids import run_on
-from tests.end_to_end.proxy import CountingProxy, Wire
-from tests.support import save_two_tasks
-
-SCRIPTS = Path(sysconfig.get_path("scripts"))
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def _start(home: Path, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
-    env = {**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    with (home / f"{name}.log").open("wb") as log:
-        return subprocess.Popen(
-            [str(SCRIPTS / arguments[0]), *arguments[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=home,
-            env=env,
-            start_new_session=True,
-        )
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """The process and what it started: it leads a session of its own."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(15)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(15)
-
-
-def _members(home: Path) -> list[int]:
-    """Processes that carry this test's FLWR_HOME, besides this one."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if f"FLWR_HOME={home}".encode() in entry.read_bytes() and int(entry.parent.name) != os.getpid():
-                found.append(int(entry.parent.name))
-    return found
-
-
-@dataclass(frozen=True)
-class Site:
-    """FLWR_HOME of a SuperLink, and the proxy through which its SuperNodes reach it."""
-
-    home: Path
-    proxy: CountingProxy
-
-
-@pytest.fixture
-def superlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    """A SuperLink with two SuperNodes; nothing of them is left afterwards."""
-    home = tmp_path / "flower"
-    home.mkdir()
-    monkeypatch.setenv("FLWR_HOME", str(home))
-    port = _free_port()
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
-    here = ["--insecure", "--host", "127.0.0.1", "--port"]
-    started = [_start(home, "link", ["flower-superlink", *here, str(port)])]
-    proxy = CountingProxy(port)
-    try:
-        for node in range(2):
-            place = ["--node-config", f"partition-id={node} num-partitions=2"]
-            arguments = [
-                "flower-supernode",
-                *here,
-                str(_free_port()),
-                "--superlink",
-                f"127.0.0.1:{proxy.port}",
-                *place,
-            ]
-            started.append(_start(home, f"node-{node}", arguments))
-        _wait_for(f"http://127.0.0.1:{port}/health")
-        yield Site(home, proxy)
-    except BaseException:
-        for log in sorted(home.glob("*.log")):
-            print(f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}")
-        raise
-    finally:
-        for process in reversed(started):
-            _stop(process)
-        proxy.close()
-        deadline = time.monotonic() + 20
-        while _members(home) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert _members(home) == []
-
-
-def _wait_for(address: str) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(address).status_code == 200:
-                return
-        assert time.monotonic() < deadline, f"{address} does not answer"
-        time.sleep(0.2)
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> RunConfig:
-    save_two_tasks(tmp_path)
-    return from_dict(
-        {
-            "name": "remote",
-            "model": str(tmp_path / "model"),
-            "density": 0.02,
-            "rounds": 1,
-            "precision": "auto",  # each message is a new process there, and must know the choice
-            "workers": 1,
-            "tasks": [
-                {
-                    "name": name,
-                    "source": str(tmp_path / f"{name}.tsv"),
-                    "text": ["text"],
-                    "label": "label",
-                    "clients": 1,
-                }
-                for name in ("mood", "topic")
-            ],
-            "partition": {"kind": "iid"},
-            "train": {"steps": 2, "batch_size": 8, "max_tokens": 16},
-            "runs_dir": str(tmp_path / "runs"),
-        }
-    )
+from tests.end_to_end.link import Site, free_port, remote_config
+from tests.end_to_end.proxy import Wire
 
 
 def check_bytes(remote: RemoteRun, here: Ledger, wire: Wire) -> None:
@@ -241,11 +103,12 @@ def _named_again(kind: str, direction: str, way: str) -> int:
 
 
 def test_what_flwr_puts_in_a_box_becomes_one_plain_line(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = remote_config(tmp_path)
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     (tmp_path / "config.toml").write_text(
-        f'[superlink.gone]\naddress = "127.0.0.1:{_free_port()}"\ninsecure = true\n'
+        f'[superlink.gone]\naddress = "127.0.0.1:{free_port()}"\ninsecure = true\n'
     )
     log: list[str] = []
     with pytest.raises(
@@ -260,11 +123,12 @@ def test_what_flwr_puts_in_a_box_becomes_one_plain_line(
         assert not set("\n│╭╰─") & set(said)
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_a_superlink_gives_the_same_bits_and_bytes_and_tells_the_truth(
-    superlink: Site, config: RunConfig
+    superlink: Site, tmp_path: Path
 ) -> None:
     log: list[str] = []
+    config = remote_config(tmp_path)
     remote = run_superlink(config, "here", show=log.append)
     wire = superlink.proxy.counted()
     assert remote.folder == Path(config.runs_dir) / "remote"
@@ -280,12 +144,14 @@ def test_a_superlink_gives_the_same_bits_and_bytes_and_tells_the_truth(
     assert remote.summary["vector_sha256"] == here.summary["vector_sha256"]
     check_bytes(remote, Ledger.read_jsonl(here.folder / "ledger.jsonl"), wire)
     # What clients keep between messages (received vector, residuals) lives in Flower's context alone there.
-    ways = {"up": "int4+ef", "down": "int4+delta", "rounds": 2}
-    coarse = run_superlink(config.model_copy(update={"name": "coarse", "precision": "fp32", **ways}))
-    with InProcessGrid(from_dict(record["config"] | {"name": "fine", "precision": "fp32", **ways})) as grid:
+    settings = config.model_dump(mode="json") | {
+        "up": "int4+ef", "down": "int4+delta", "rounds": 2, "precision": "fp32", "overlap_batches": 0,
+    }  # fmt: skip
+    remote = run_superlink(from_dict(settings | {"name": "coarse"}))
+    with InProcessGrid(from_dict(settings | {"name": "fine"})) as grid:
         here = run_on(grid, engine="superlink", client_evaluation=True)
-    assert coarse.summary is not None
-    assert coarse.summary["vector_sha256"] == here.summary["vector_sha256"]
+    assert remote.summary is not None
+    assert remote.summary["vector_sha256"] == here.summary["vector_sha256"]
     # flwr run itself ends with exit code 0 for this one.
     broken = config.model_copy(update={"name": "broken", "model": str(superlink.home / "nothing")})
     with pytest.raises(FederationError, match=r"run \d+ ended as finished:failed: ConfigError: .*nothing"):

@@ -157,6 +157,15 @@ def test_a_repeated_round_starts_from_the_residual_before_it() -> None:
     assert len(second.before) + len(second.after) == 4 * 9
 
 
+def test_a_reply_that_did_not_count_is_taken_back() -> None:
+    one, two = np.ones(9, np.float32), np.full(9, 2.0, np.float32)
+    last = Residual.of(5, one, two)
+    for counted, wanted in ((None, two), (5, two), (6, two), (4, one), (0, one)):
+        np.testing.assert_array_equal(last.at_start_of(7, counted), wanted)
+        np.testing.assert_array_equal(last.at_start_of(5, counted), one)
+        assert last.at_start_of(4, counted) is None
+
+
 # The limit -------------------------------------------------------------------------------------------
 
 SIZE, CLIENTS = 200, 3
