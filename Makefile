@@ -1,4 +1,5 @@
-# make demo   create .venv, install, run a real federation, write runs/demo/ (an older runs/demo is replaced)
+# make demo   create .venv, install, run a real federation and a shorter one with a mask a client beside it; write
+#             runs/demo/ and runs/demo-fish/ (older ones are replaced)
 # make test-containers   build the image, run federations in containers, break them (needs Docker, or Debian and root)
 # make test   create .venv if need be, install the dev extra, run every check and test
 # make lint   the checks alone
@@ -36,15 +37,19 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
+# The second run: a mask a client by Fisher information, with as many values as the first one sends (k / N).
 demo: $(VENV)/.demo
 	$(BIN)/fedmask run --config experiments/studies/demo.toml --overwrite
+	$(BIN)/fedmask run --config experiments/studies/demo.toml --name demo-fish --method fish --placement client \
+		--density 0.006085 --set scores.samples=64 --rounds 2 --overwrite
+	$(BIN)/fedmask report runs/demo --beside runs/demo-fish
 
 # Two processes, each with whole files: most tests keep one core busy.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-containers: $(VENV)/.dev
-	FEDMASK_TEST_CONTAINERS=$${FEDMASK_TEST_CONTAINERS:-1} $(BIN)/python -m pytest tests/end_to_end/containers
+	FEDMASK_TEST_CONTAINERS=1 $(BIN)/python -m pytest tests/end_to_end/containers
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
