@@ -41,7 +41,7 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/fedmask run --config experiments/studies/demo.toml --overwrite
 	$(BIN)/fedmask run --config experiments/studies/demo.toml --name demo-fish --method fish --placement client \
-		--density 0.006085 --set scores.samples=64 --rounds 2 --overwrite
+		--density 0.006085 --set scores.samples=32 --rounds 2 --overwrite
 	$(BIN)/fedmask report runs/demo --beside runs/demo-fish
 
 # Two processes, each with whole files: most tests keep one core busy.
