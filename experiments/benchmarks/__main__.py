@@ -21,6 +21,8 @@ NAMES = (
     "quality",
     "kernels",
     "codecs",
+    "entropy",
+    "message",
 )
 
 

@@ -117,8 +117,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{size:>6} {row['k']:>10,} {row['seconds']:>8.2f}", end=" ")
         print(f"{row['model_mb']:>9.1f} {row['extra_mb']:>9.1f} {share:>6.0%}")
     if options.json:
-        machine = {"system": platform.platform(), "cores": os.cpu_count(), "threads": options.threads}
-        options.json.write_text(json.dumps({"machine": machine, "masks": rows}, indent=1) + "\n")
+        import torch
+
+        from experiments.benchmarks.measuring import write
+
+        torch.set_num_threads(options.threads)  # as in the processes that measured
+        write(options.json, settings={"threads": options.threads, "density": options.density}, masks=rows)
     return 0
 
 

@@ -17,7 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from server.record import machine, versions
+import torch
+
+from experiments.benchmarks.measuring import write
 
 PARTS = """
 import json, sys, time
@@ -82,16 +84,16 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="also write the result as JSON")
+    parser.add_argument("--json", type=Path, help="also write the result as JSON")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         seconds = {"without": measure(given.repeats, ""), "with": measure(given.repeats, folder)}
     print(f"{'':28} {'nothing kept':>14} {'rows kept':>12}")
     for part, value in seconds["without"].items():
         print(f"{part:28} {value:12.2f} s {seconds['with'][part]:10.2f} s")
-    if given.out:
-        record = {"seconds": seconds, "repeats": given.repeats, "versions": versions(), "machine": machine()}
-        given.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if given.json:
+        torch.set_num_threads(1)  # as in the processes that measured
+        write(given.json, settings={"repeats": given.repeats}, seconds=seconds)
 
 
 if __name__ == "__main__":

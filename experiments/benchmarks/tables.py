@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, docs/scale.md and docs/bytes.md, made from the published results.
+"""The tables of docs/performance.md, scale.md, bytes.md and deployment.md, made from the published results.
 
 ``python -m experiments.benchmarks.tables`` writes them anew between the pages' ``<!-- name -->`` and
 ``<!-- end -->`` marks, from ``experiments/results/benchmarks/name.json``.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PAGES = tuple(ROOT / "docs" / name for name in ("performance.md", "scale.md", "bytes.md"))
+PAGES = tuple(ROOT / "docs" / name for name in ("performance.md", "scale.md", "bytes.md", "deployment.md"))
 RESULTS = ROOT / "experiments" / "results" / "benchmarks"
 _MB = 2**20
 _BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.S)
@@ -172,6 +172,26 @@ def codecs(found: dict[str, Any]) -> str:
     )
 
 
+def entropy(found: dict[str, Any]) -> str:
+    """Bytes of entropy-coded changes against the plain codec's."""
+    ways = ("entropy", "ours", "zlib", "zstandard", "constriction")
+    rows = [
+        [f"{row['way']}, {row['codec']}", f"{row['changes']}",
+         *("-" if row[way] is None else f"{row[way]:.3f}" for way in ways)]
+        for row in found["entropy"]
+    ]  # fmt: skip
+    columns = ("changes", "number", "entropy of the codes", "`int8h`, `int4h`, `int2h`", "zlib, level 9",
+               "zstandard, level 3", "constriction, range coder")  # fmt: skip
+    return _table(columns, rows)
+
+
+def message(found: dict[str, Any]) -> str:
+    """What a message costs where each one starts a process."""
+    without, kept = found["seconds"]["without"], found["seconds"]["with"]
+    rows = [[part, f"{value:.2f}", f"{kept[part]:.2f}"] for part, value in without.items()]
+    return _table(("part", "nothing kept, s", "rows kept, s"), rows)
+
+
 def goals(found: dict[str, Any]) -> str:
     """What was aimed at before anything was measured, and what came out; ``found``: all results by name."""
     steps = {(row["model"], row["method"]): row["ratio_to_floor"] for row in found["step"]["steps"]}
@@ -220,7 +240,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     one.__name__: one
     for one in (
         *(goals, step, precision, memory, overhead, masking, latency),
-        *(scale, aggregation, quality, codecs),
+        *(scale, aggregation, quality, codecs, entropy, message),
     )
 }
 SOURCES = {"aggregation": "scale"}  # tables that are not from a result of their own name

@@ -6,13 +6,16 @@ mean of n updates is off by at most n * unit / (2 * total weight). When all the 
 is below n * largest / 2 ** 62: with changes up to 1e4 and a thousand updates 2.3e-12. A sum in float32 is
 off by far more, and differs from order to order.
 
-Time is bound by memory: 20 bytes are moved an entry (4 read, 8 read and 8 written).
+Time is bound by memory: 20 bytes are moved an entry (4 read, 8 read and 8 written). Long vectors are added by
+a compiled loop where numba is installed; NumPy's blocks give the same bits in four times its time.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +27,8 @@ from fedmask.errors import FedmaskError
 _BITS = 62
 # Entries at a time: their float64 values and the integers both stay in the cache.
 _BLOCK = 16_384
+# Shorter vectors are added sooner than a loop for them is compiled.
+_WORTH_COMPILING = 1 << 18
 _HEADROOM = 1.02  # a codec may round a value up by 1 %
 
 
@@ -65,14 +70,30 @@ def add(state: FixedSum, values: NDArray[np.float32], weight: int) -> FixedSum:
     if values.shape != state.total.shape:
         raise FedmaskError(f"fixed-point sum: expected {state.total.size} values, found {values.shape}")
     scale = weight / state.unit  # exact: the unit is a power of two
+    compiled = _compiled() if values.size >= _WORTH_COMPILING else None
+    (compiled or _add_blocks)(state.total, values, scale)
+    state.weight += weight
+    state.count += 1
+    return state
+
+
+@cache
+def _compiled() -> Callable[[NDArray[np.int64], NDArray[np.float32], float], None] | None:
+    """``add_rounded``; None without numba."""
+    try:
+        from fedmask.aggregation.native import add_rounded
+    except ImportError:
+        return None
+    return add_rounded  # type: ignore[no-any-return]
+
+
+def _add_blocks(total: NDArray[np.int64], values: NDArray[np.float32], scale: float) -> None:
+    """The same in blocks that stay in the cache."""
     numbers, integers = np.empty(_BLOCK), np.empty(_BLOCK, np.int64)
     for start in range(0, values.size, _BLOCK):
         part = values[start : start + _BLOCK]
         quantize(part, scale, numbers[: part.size], integers[: part.size])
-        state.total[start : start + _BLOCK] += integers[: part.size]
-    state.weight += weight
-    state.count += 1
-    return state
+        total[start : start + _BLOCK] += integers[: part.size]
 
 
 def check(state: FixedSum, values: NDArray[np.float32], weight: int) -> None:

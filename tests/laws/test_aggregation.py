@@ -17,6 +17,7 @@ from fedmask.aggregation import (
     add,
     add_update,
     averaged,
+    fixed,
     fixed_sum,
     mean,
     merge,
@@ -217,3 +218,26 @@ def test_unions_cost_nothing_for_the_space() -> None:
         [sys.executable, "-c", _UNION], cwd=root, capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 50_000  # kilobytes
+
+
+def test_the_compiled_sum_has_the_bits_of_the_plain_one() -> None:
+    """Halves too, which round to the even number, and the largest values that may come."""
+    native = pytest.importorskip("fedmask.aggregation.native", reason="numba is not installed")
+    rng = np.random.default_rng(3)
+    values = rng.normal(0, 1, 50_001).astype(np.float32)
+    values[:6] = [0.5, -0.5, 1.5, -2.5, MAX_ABS, -MAX_ABS]
+    for scale in (1.0, 2.0**20, 10 * 2.0**40):
+        plain, compiled = rng.integers(-9, 9, (1, values.size)).repeat(2, axis=0)
+        fixed._add_blocks(plain, values, scale)
+        native.add_rounded(compiled, values, scale)
+        assert np.array_equal(plain, compiled)
+
+
+def test_long_vectors_go_through_the_compiled_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(fixed, "_WORTH_COMPILING", 10)
+    for compiled in (lambda total, values, scale: found.append(values.size), None):
+        monkeypatch.setattr(fixed, "_compiled", lambda compiled=compiled: compiled)
+        for size in (9, 10):
+            add(fixed_sum(size, 1), np.ones(size, np.float32), 1)
+    assert found == [10]

@@ -128,7 +128,7 @@ def test_one_command_runs_the_named_ones(tmp_path: Path, monkeypatch: pytest.Mon
 def test_every_benchmark_is_in_the_command() -> None:
     folder = Path(everything.__file__).parent
     helpers = {"__init__", "__main__", "backbones", "measuring", "small", "tables"}
-    alone = {"codec_quality", "message"}  # with options and results of their own
+    alone = {"codec_quality"}  # with options and results of their own
     assert {path.stem for path in folder.glob("*.py")} - helpers - alone == set(everything.NAMES)
 
 
