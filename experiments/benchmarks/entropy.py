@@ -1,10 +1,10 @@
 """What entropy coding of quantized changes saves: ``python -m experiments.benchmarks.entropy``.
 
-The changes are real: the demo's federation for some rounds, plainly averaged; what its clients send up and
-what comes down, client by client and round by round. Each is quantized as the codecs do, and the codes are
-coded by our Huffman code, by zlib, and by zstandard and constriction's range coder where these packages are
-(the ``bench`` extra). Sizes are relative to the plain codec's; ``entropy`` is the bound of a code that knows
-each change's own counts.
+The changes are real: the demo's federation for some rounds, in bf16 and plainly averaged; what its clients
+send up and what comes down, client by client and round by round. Each is quantized as the codecs do, and the
+codes are coded by our Huffman code, by zlib, and by zstandard and constriction's range coder where these
+packages are (the ``bench`` extra). Sizes are relative to the plain codec's; ``entropy`` is the bound of a
+code that knows each change's own counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def changes(rounds: int) -> dict[str, list[np.ndarray]]:
     from fedmask.workspace import get_workspace
 
     workspace = get_workspace(from_dict({**read_settings(DEMO), "name": "entropy", "rounds": rounds}))
-    workspace.use_precision("fp32")
+    workspace.use_precision("bf16")
     clients = range(sum(task.clients for task in workspace.config.tasks))
     found: dict[str, list[np.ndarray]] = {"up": [], "down": []}
     at = {task: np.zeros(workspace.layout(task).size, np.float32) for task in workspace.tasks}
