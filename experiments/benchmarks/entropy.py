@@ -4,7 +4,7 @@ The changes are real: the demo's federation for some rounds, in bf16 and plainly
 send up and what comes down, client by client and round by round. Each is quantized as the codecs do, and the
 codes are coded by our Huffman code, by zlib, and by zstandard and constriction's range coder where these
 packages are (the ``bench`` extra). Sizes are relative to the plain codec's; ``entropy`` is the bound of a
-code that knows each change's own counts.
+code that knows each change's own counts and takes its values one by one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from experiments.benchmarks.measuring import show, write
 
@@ -73,9 +74,9 @@ def sizes(change: np.ndarray, bits: int) -> dict[str, float]:
     }
     if zstandard := _package("zstandard"):
         found["zstandard"] = len(zstandard.ZstdCompressor(level=3).compress(plain))
-    if constriction := _package("constriction.stream"):
-        coder = constriction.queue.RangeEncoder()
-        model = constriction.model.Categorical((counts + 1e-9) / change.size, perfect=False)
+    if constriction := _package("constriction"):
+        coder = constriction.stream.queue.RangeEncoder()
+        model = constriction.stream.model.Categorical((counts + 1e-9) / change.size, perfect=False)
         coder.encode(codes.astype(np.int32), model)
         # The receiver needs the counts too: two bytes a code.
         found["constriction"] = coder.get_compressed().nbytes + beside + 2 * len(counts)
@@ -97,6 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--json", type=Path, help="file to write all numbers to")
     options.add_argument("--rounds", type=int, default=4)
     given = options.parse_args(arguments)
+    torch.set_num_threads(1)  # nothing is timed, and on a busy machine two threads wait for each other
     rows = []
     for way, found in changes(given.rounds).items():
         for bits in BITS:
