@@ -55,7 +55,7 @@ def changes(rounds: int) -> dict[str, list[np.ndarray]]:
 
 
 def sizes(change: np.ndarray, bits: int) -> dict[str, float]:
-    """Bytes of one change in the plain codec (``plain``) and in each of ``WAYS``."""
+    """Bytes of one change (float32 ``[n]``) in the plain codec (``plain``) and in each of ``WAYS``."""
     from fedmask.codecs import bare_codec
     from fedmask.codecs.blocks import unframe
 
