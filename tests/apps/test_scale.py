@@ -12,8 +12,8 @@ import pytest
 
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 
+import fedmask.mask_cache
 import fedmask.run_data
-import fedmask.run_masks
 import fedmask.workspace
 from experiments.inprocess import InProcessGrid
 from fedmask.config import PartitionConfig, RunConfig
@@ -140,13 +140,13 @@ def test_every_node_is_asked_once_and_the_mask_is_derived_once(
 ) -> None:
     config = make_config(clients=(100, 50))
     derived: list[int] = []
-    derive = fedmask.run_masks.derive_mask
+    derive = fedmask.mask_cache.derive_mask
 
     def counted(*args: object) -> object:
         derived.append(1)
         return derive(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fedmask.run_masks, "derive_mask", counted)
+    monkeypatch.setattr(fedmask.mask_cache, "derive_mask", counted)
     fedmask.workspace._workspace.cache_clear()
     ledger, workspace = Ledger(), get_workspace(config)
     roster = join(InProcessGrid(config), workspace, ledger, node_timeout=5.0, arrived=lambda _client: None)
