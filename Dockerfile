@@ -40,7 +40,7 @@ RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
 # Bytecode is written of what a federation imports: the file system is read-only later.
 COPY experiments/imports.py /src/
 RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
-    export PIP_PYTHON=/venv/bin/python PIP_NO_CACHE_DIR=1 && cp -r /src /tmp/src && cd /tmp/src && \
+    export PIP_PYTHON=/venv/bin/python PIP_NO_CACHE_DIR=1 && cp -r /src /build && cd /build && \
     for package in fedmask clients server experiments; do mkdir $package && touch $package/__init__.py; done && \
     touch README.md && pip install --no-compile -c constraints.txt ".[$EXTRAS]" && \
     pip uninstall -y fedmask sentence-transformers nltk && \
@@ -48,7 +48,7 @@ RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
     rm -rf pyarrow/include pyarrow/src pyarrow/*arrow_flight* pyarrow/*arrow_python_flight* pyarrow/_flight.* \
     pyarrow/libarrow_s3* pyarrow/_s3fs.* && \
     find . -type d \( -name tests -o -name test \) ! -path './torch/*' ! -path './numba/*' -prune -exec rm -rf {} + && \
-    echo /code > fedmask.pth && HOME=/tmp /venv/bin/python /src/imports.py && rm -rf /tmp/* /root/.cache
+    echo /code > fedmask.pth && HOME=/tmp /venv/bin/python /src/imports.py && rm -rf /build /tmp/* /root/.cache
 # Nobody is called out to, nothing is installed at run time, one thread a process unless the run says otherwise.
 ENV PATH=/code/clients/bin:/code/bin:/venv/bin:$PATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 HOME=/tmp \
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 \
