@@ -107,9 +107,7 @@ def keep(path: Path | None, labels: tuple[str, ...], train: Tokenized, held_out:
     arrays: dict[str, np.ndarray] = {}
     for part, rows in (("train", train), ("held_out", held_out)):
         arrays |= {
-            f"{part}/{name}": values
-            for name in _ARRAYS
-            if (values := getattr(rows, name)) is not None
+            f"{part}/{name}": values for name in _ARRAYS if (values := getattr(rows, name)) is not None
         }
     write_private(path, pack_arrays("shard", {"labels": list(labels)}, arrays))
 

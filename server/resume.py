@@ -112,7 +112,6 @@ class Point:
         write_json(folder / "config.json", self.record | resumed)
         return Ledger.read_jsonl(folder / "ledger.jsonl")
 
-
     def _too_far(self, begun: int) -> str:
         """What it means that round ``begun`` was begun before: clients keep what one round began with.
 

@@ -143,6 +143,4 @@ class UnionTally:
             totals[reply.task] = totals.get(reply.task, 0) + reply.examples
         if self.weighting == "examples" or len(totals) == 1:
             return [reply.examples for reply, _ in self.replies]
-        return [
-            max(1, round(reply.examples * _TASK_TOTAL / totals[reply.task])) for reply, _ in self.replies
-        ]
+        return [max(1, round(reply.examples * _TASK_TOTAL / totals[reply.task])) for reply, _ in self.replies]

