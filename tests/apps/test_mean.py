@@ -128,3 +128,15 @@ def test_a_run_from_settings(make_config: MakeConfig) -> None:
     result = run_inprocess(make_config(method="head", server=MEAN), client_evaluation=False)
     assert result.state.shared.size == 0
     assert all(float(np.abs(head).max()) > 0 for head in result.state.heads.values())
+
+
+def test_any_number_of_workers_gives_the_same_bits(make_config: MakeConfig) -> None:
+    one, two = (
+        run_inprocess(
+            make_config((3,), name=f"by-{workers}", rounds=2, workers=workers, server=MEAN),
+            client_evaluation=False,
+        )
+        for workers in (1, 2)
+    )
+    assert one.summary["vector_sha256"] == two.summary["vector_sha256"]
+    assert float(np.abs(two.state.shared).max()) > 0

@@ -72,7 +72,12 @@ def test_a_head_s_only_client_may_as_well_keep_it(make_config: MakeConfig, tmp_p
 
 @pytest.mark.parametrize("place", ["start", "end"])
 def test_heads_that_stay_are_found_again_after_an_interruption(make_config: MakeConfig, place: str) -> None:
-    whole = run_inprocess(make_config((2,), name="whole", rounds=3, server=sharing("local-heads")))
+    """In the first case by two workers, whose number changes no bit either."""
+    whole = run_inprocess(
+        make_config(
+            (2,), name="whole", rounds=3, workers=1 + (place == "start"), server=sharing("local-heads")
+        )
+    )
     config = make_config((2,), rounds=3, server=sharing("local-heads"))
     with pytest.raises(PowerCut):
         run_inprocess(config, Cuts(place, 2))

@@ -220,8 +220,11 @@ def test_unions_cost_nothing_for_the_space() -> None:
     assert int(done.stdout) < 50_000  # kilobytes
 
 
-def test_the_compiled_sum_has_the_bits_of_the_plain_one() -> None:
-    """Halves too, which round to the even number, and the largest values that may come."""
+def test_the_compiled_sum_has_the_bits_of_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves too, which round to the even number, and the largest values that may come.
+
+    And of vectors as they come: those of ``numpy.frombuffer`` may only be read, parts of others have gaps.
+    """
     native = pytest.importorskip("fedmask.aggregation.native", reason="numba is not installed")
     rng = np.random.default_rng(3)
     values = rng.normal(0, 1, 50_001).astype(np.float32)
@@ -231,6 +234,13 @@ def test_the_compiled_sum_has_the_bits_of_the_plain_one() -> None:
         fixed._add_blocks(plain, values, scale)
         native.add_rounded(compiled, values, scale)
         assert np.array_equal(plain, compiled)
+    for vector in (np.frombuffer(values.tobytes(), np.float32), values[::2], values[::-1]):
+        assert not (vector.flags.writeable and vector.flags.c_contiguous)
+        found = []
+        for least in (1, values.size + 1):
+            monkeypatch.setattr(fixed, "_WORTH_COMPILING", least)
+            found.append(add(fixed_sum(vector.size, 9), vector, 7).total)
+        assert found[0].any() and np.array_equal(*found)
 
 
 def test_long_vectors_go_through_the_compiled_sum(monkeypatch: pytest.MonkeyPatch) -> None:

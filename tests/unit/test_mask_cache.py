@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,40 @@ def _moved(data: bytes) -> bytes:
     at = int(np.flatnonzero(np.diff(indices, append=indices[-1] + 9) > 1)[0])
     indices[at] += 1
     return indices.tobytes()
+
+
+def test_code_that_chooses_entries_is_part_of_the_name(tmp_path: Path) -> None:
+    """What ``random-channels`` takes for a feed-forward layer is decided outside of ``masks``, for one."""
+    package = tmp_path / "fedmask"
+    shutil.copytree(Path(mask_cache.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    found = [mask_cache._code(package)]
+    for name in ("masks/base.py", "space.py", "trainables/adapters.py", "rng.py", "stored.py"):
+        with (package / name).open("a", encoding="utf-8") as file:
+            file.write("# changed\n")
+        mask_cache._code.cache_clear()
+        found.append(mask_cache._code(package))
+    mask_cache._code.cache_clear()
+    assert len(set(found)) == 6 == len(found)
+
+
+def test_masks_used_last_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDMASK_CACHE", str(tmp_path))
+    monkeypatch.setattr(mask_cache, "_KEPT", 2)
+    model, rules = make_model(), [Rule("random", 0.02, seed=seed) for seed in range(3)]
+    for age, rule in enumerate(rules[:2]):
+        mask_cache.kept_or_derived(model, rule)
+        (new,) = (path for path in (tmp_path / "masks").iterdir() if path.stat().st_mtime > 1e6)
+        os.utime(new, (age, age))
+    mask_cache.kept_or_derived(model, rules[0])  # read, so used later than the other
+    mask_cache.kept_or_derived(model, rules[2])
+    assert len(list((tmp_path / "masks").iterdir())) == 2
+    derived: list[Rule] = []
+    monkeypatch.setattr(
+        mask_cache, "derive_mask", lambda model, rule: derived.append(rule) or derive_mask(model, rule)
+    )
+    for rule in (rules[0], rules[2], rules[1]):
+        mask_cache.kept_or_derived(model, rule)
+    assert derived == [rules[1]]
 
 
 def test_without_a_folder_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
