@@ -10,9 +10,10 @@ is damaged or gone is rebuilt as for a new client. Arrays and JSON, nothing is u
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,8 +26,10 @@ from clients.union import OWN, UNION
 from fedmask.flower import AFTER, bytes_record, record_bytes
 from fedmask.shard_cache import pack_arrays, read_arrays, write_private
 
+# Not "runs": that is where results lie, and FEDMASK_STATE may be the project's folder.
+FOLDER = "clients-kept"
 _NAMES = (RECEIVED, RESIDUAL, NOTES, HEAD, HEAD_ROUND, OWN, UNION)
-_RUNS_KEPT = 8
+_FORMAT, _RUNS_KEPT = 1, 8
 
 
 def recall(context: Context, partition: int, offer: ConfigRecord | None = None) -> None:
@@ -37,18 +40,32 @@ def recall(context: Context, partition: int, offer: ConfigRecord | None = None) 
     if any(name in context.state for name in _NAMES):
         return
     earlier = offer.get(AFTER) if offer is not None else None
-    names = [str(context.run_id), *reversed(earlier if isinstance(earlier, list) else [])]
-    for path in _files(names, partition):
-        if (found := read_arrays(path, "state")) is None:
-            continue
-        said, arrays = found
-        for record, values in said["settings"].items():
-            context.state[record] = ConfigRecord(values)
-        for record, parts in said["arrays"].items():
-            context.state[record] = ArrayRecord(
-                {part: bytes_record(arrays[f"{record}/{part}"].tobytes(), part)[part] for part in parts}
+    newest = reversed(earlier[-_RUNS_KEPT:]) if isinstance(earlier, list) else ()
+    for path in _files([str(context.run_id), *newest], partition):
+        found = read_arrays(path, "state")
+        if found is not None and (records := _records(*found)) is not None:
+            for name, record in records.items():
+                context.state[name] = record
+            return
+
+
+def _records(
+    said: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> dict[str, ArrayRecord | ConfigRecord] | None:
+    """What a file holds; None for a file of another release, which is as good as none."""
+    if said.get("version") != _FORMAT:
+        return None
+    out: dict[str, ArrayRecord | ConfigRecord] = {}
+    try:
+        for name, values in said["settings"].items():
+            out[name] = ConfigRecord(values)
+        for name, parts in said["arrays"].items():
+            out[name] = ArrayRecord(
+                {part: bytes_record(arrays[f"{name}/{part}"].tobytes(), part)[part] for part in parts}
             )
-        return
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return out
 
 
 def remember(context: Context, partition: int) -> None:
@@ -67,21 +84,40 @@ def remember(context: Context, partition: int) -> None:
                 arrays[f"{name}/{part}"] = np.frombuffer(data, np.uint8)
     if not parts:
         return
+    said = {"version": _FORMAT, "settings": settings, "arrays": parts}
     for path in _files([str(context.run_id)], partition):
-        new = not path.parent.exists()
-        write_private(path, pack_arrays("state", {"settings": settings, "arrays": parts}, arrays))
-        if new:
-            _forget_all_but_the_last(path.parent.parent)
+        with suppress(OSError):  # where nothing can be kept, it is rebuilt after the next restart
+            new = not path.parent.exists()
+            write_private(path, pack_arrays("state", said, arrays))
+            if new:
+                _forget_all_but_the_last(path.parent.parent)
 
 
 def _files(runs: Iterable[object], partition: int) -> list[Path]:
     """Where things are kept, by run. A number below 2 is no SuperLink's: in process all runs have that."""
     folder = os.environ.get("FEDMASK_STATE")
-    numbers = [run for run in runs if isinstance(run, str) and run.isdecimal() and 1 < int(run) < 2**64]
-    return [Path(folder) / "runs" / run / f"{partition}.safetensors" for run in numbers] if folder else []
+    numbers = [run for run in runs if isinstance(run, str) and _is_run(run) and 1 < int(run) < 2**64]
+    return [Path(folder) / FOLDER / run / f"{partition}.safetensors" for run in numbers] if folder else []
+
+
+def _is_run(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and len(name) <= 20
 
 
 def _forget_all_but_the_last(folder: Path) -> None:
-    runs = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    for path in runs[:-_RUNS_KEPT]:
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove the oldest runs. Other clients may share the folder and do the same at the same time."""
+    for path in sorted((path for path in folder.iterdir() if _is_run(path.name)), key=_age)[:-_RUNS_KEPT]:
+        with suppress(OSError):
+            files = list(path.iterdir())
+            # A process that was killed while it wrote leaves .N.safetensors.PID.
+            if all(".safetensors" in file.name and file.is_file() for file in files):
+                for file in files:
+                    file.unlink(missing_ok=True)
+                path.rmdir()
+
+
+def _age(path: Path) -> int:
+    """When it was changed last; 0 for what is gone by now."""
+    with suppress(OSError):
+        return path.stat().st_mtime_ns
+    return 0

@@ -79,11 +79,11 @@ def load_cached(path: Path | None) -> Cached | None:
 
 def read_arrays(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
     """What ``pack_arrays`` packed; None for a file that is not there, damaged, or of another kind."""
-    if not path.is_file():
-        return None
     from safetensors import SafetensorError, safe_open
 
     try:
+        if not path.is_file():  # raises where the folder may not be read
+            return None
         with safe_open(str(path), framework="numpy") as file:
             said = json.loads((file.metadata() or {})[kind])
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)

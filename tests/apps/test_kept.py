@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from clients.app import make_client_app
+from clients.kept import FOLDER, recall, remember
+from clients.link import NOTES, RESIDUAL
 from experiments.inprocess import InProcessGrid
 from fedmask.config import RunConfig
+from fedmask.flower import AFTER, bytes_record
+from fedmask.shard_cache import pack_arrays, write_private
 from server.app import RunResult
 from tests.apps.grids import read_rows, run_on
 from tests.apps.test_resume import Cuts, PowerCut, assert_same, spoil
@@ -90,7 +94,7 @@ def test_a_resumed_run_s_clients_find_what_they_kept(
         run_on(Nodes(config, SECOND), observer=Cuts("start", 3), run_id=SECOND, **resumed)
     found = run_on(Nodes(config, 99), run_id=99, **resumed)
     assert_same(found.folder, whole.folder)
-    assert {path.name for path in (state / "runs").iterdir()} == {str(FIRST), "99"}
+    assert {path.name for path in (state / FOLDER).iterdir()} == {str(FIRST), "99"}
 
 
 def test_a_node_that_is_started_again_goes_on_from_its_disk(make_config: MakeConfig, state: Path) -> None:
@@ -103,14 +107,14 @@ def test_a_node_that_is_started_again_goes_on_from_its_disk(make_config: MakeCon
 def test_what_is_damaged_is_left_out_and_old_runs_go(make_config: MakeConfig, state: Path) -> None:
     whole = whole_run(make_config)
     for number in range(2, 12):
-        (state / "runs" / str(number)).mkdir(parents=True)
-        os.utime(state / "runs" / str(number), (number, number))
+        (state / FOLDER / str(number)).mkdir(parents=True)
+        os.utime(state / FOLDER / str(number), (number, number))
     config = make_config()
     with pytest.raises(PowerCut):
         run_on(Nodes(config, FIRST), observer=Cuts("end", 2), engine="superlink", run_id=FIRST)
-    kept = sorted(path.name for path in (state / "runs").iterdir())
+    kept = sorted(path.name for path in (state / FOLDER).iterdir())
     assert kept == sorted([*map(str, range(5, 12)), str(FIRST)])
-    files = sorted((state / "runs" / str(FIRST)).iterdir())
+    files = sorted((state / FOLDER / str(FIRST)).iterdir())
     assert [path.name for path in files] == ["0.safetensors", "1.safetensors", "2.safetensors"]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
     for path, damage in zip(files, ("flip", "cut", "empty"), strict=True):
@@ -119,3 +123,83 @@ def test_what_is_damaged_is_left_out_and_old_runs_go(make_config: MakeConfig, st
     assert [len(row["replied"]) for row in read_rows(found.folder, "rounds")[1:]] == [3] * 4
     assert found.summary["vector_sha256"] != whole.summary["vector_sha256"]
     np.testing.assert_allclose(found.state.shared, whole.state.shared, atol=1e-2)
+
+
+def context_of(run: int, *, full: bool = False) -> Context:
+    """A client's, in the run of a number; ``full``: with a residual."""
+    context = Context(run, 1, {}, RecordDict(), {})
+    if full:
+        context.state[RESIDUAL] = bytes_record(b"abcd", "before")
+        context.state[NOTES] = ConfigRecord({"round": run})
+    return context
+
+
+def found_by(offered: Any) -> Any:
+    """The round in the state of a client that is told which runs it goes on from."""
+    context = context_of(77)
+    recall(context, 0, ConfigRecord({AFTER: offered}))
+    return dict(context.state.config_records.get(NOTES, {})).get("round")
+
+
+def test_only_what_clients_kept_is_ever_removed(state: Path) -> None:
+    """FEDMASK_STATE may be a folder in which other things lie, and a killed writer leaves half a file."""
+    foreign = [state / "runs" / "demo", state / FOLDER / "notes", state / FOLDER / "20260101"]
+    for folder in foreign:
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text("{}")
+        os.utime(folder, (1, 1))
+    for run in range(2, 14):
+        remember(context_of(run, full=True), 0)
+        (state / FOLDER / str(run) / ".0.safetensors.123").write_bytes(b"half")
+        os.utime(state / FOLDER / str(run), (run, run))
+    assert all((folder / "summary.json").is_file() for folder in foreign)
+    kept = {path.name for path in (state / FOLDER).iterdir()}
+    assert kept == {"notes", "20260101", *map(str, range(6, 14))}
+
+
+@pytest.mark.parametrize("gone", ["nothing can be written", "another client removes"])
+def test_a_disk_costs_time_later_and_no_reply(
+    state: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    if gone == "nothing can be written":
+        state.write_text("a file, not a folder")
+        remember(context_of(5, full=True), 0)
+        return
+    for run in range(2, 12):
+        (state / FOLDER / str(run)).mkdir(parents=True)
+    listed = list((state / FOLDER).iterdir())
+    (state / FOLDER / "2").rmdir()
+    real = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(listed) if path.name == FOLDER else real(path))
+    remember(context_of(50, full=True), 0)
+    assert (state / FOLDER / "50" / "0.safetensors").is_file()
+    assert len(list(real(state / FOLDER))) <= 9
+
+
+def test_only_numbers_of_runs_are_looked_up(state: Path) -> None:
+    remember(context_of(5, full=True), 0)
+    assert found_by(["5"]) == 5
+    for strange in ("9" * 5000, "\u0665", "../5", "-5", ""):
+        assert found_by([strange]) is None
+    assert found_by(["5", *["6"] * 7]) == 5
+    assert found_by(["5", *["6"] * 8]) is None  # no more than are kept
+    assert found_by([5]) is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"version": 1, "arrays": {RESIDUAL: ["before"]}},
+        {"version": 1, "settings": {NOTES: {"round": 5}}, "arrays": {RESIDUAL: ["another"]}},
+        {"version": 1, "settings": {NOTES: {"round": None}}, "arrays": {}},
+        {"version": 2, "settings": {NOTES: {"round": 5}}, "arrays": {}},
+        {"settings": {NOTES: {"round": 5}}, "arrays": {}},
+    ],
+    ids=["no settings", "no such part", "no value", "version", "no version"],
+)
+def test_a_file_of_another_release_is_none(state: Path, said: dict[str, Any]) -> None:
+    arrays = {f"{RESIDUAL}/before": np.zeros(4, np.uint8)}
+    write_private(state / FOLDER / "5" / "0.safetensors", pack_arrays("state", said, arrays))
+    context = context_of(5)
+    recall(context, 0)
+    assert not context.state
