@@ -16,7 +16,7 @@ residual than is ever made up for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -85,52 +85,82 @@ class Products:
         """Number of values of a round's residual as factors."""
         return self.sent_rank * sum(map(sum, self.sides))
 
+    def sends_factors(self, changes: bool) -> bool:
+        """Whether clients are sent factors: where ``changes`` go down, and are fewer values that way."""
+        return changes and self.sent_size < self.residual_size
+
     def down_size(self, changes: bool) -> int:
         """Values of the residual in a message: of its ``changes``, or of the whole of it each time."""
-        return min(self.sent_size, self.residual_size) if changes else self.residual_size
+        return self.sent_size if self.sends_factors(changes) else self.residual_size
 
     def stacked(self, changes: Sequence[Vector], weights: Sequence[float], mean: Vector) -> Vector:
-        """A round's residual as factors, float32 ``[sent_size]``.
+        """A round's residual as factors, float32 ``[sent_size]``: memory of O(n f) for n replies.
 
         ``changes``: the clients' factors, float32 ``[f]`` each, as changes from any one start, as is their
         ``mean``; ``weights`` add up to 1. Replies that are missing give zeros.
         """
-        parts: list[np.ndarray] = []
-        start = 0
-        for (outputs, inputs), turned in zip(self.sides, self.turned, strict=True):
-            middle, stop = start + self.rank * inputs, start + self.rank * (inputs + outputs)
-            ups = np.zeros((self.sent_rank, outputs))
-            downs = np.zeros((self.sent_rank, inputs))
-            for i, change in enumerate(changes[:-1]):
-                rows = slice(i * self.rank, (i + 1) * self.rank)
-                up = change[middle:stop].astype(np.float64) - mean[middle:stop]
-                ups[rows] = self.scale * weights[i] * up.reshape(outputs, self.rank).T
-                down = change[start:middle].astype(np.float64) - changes[-1][start:middle]
-                downs[rows] = down.reshape(self.rank, inputs)
-            parts += [downs, ups] if turned else [ups, downs]
-            start = stop
-        whole = np.concatenate([part.reshape(-1) for part in parts]) if parts else np.empty(0)
-        return np.clip(whole, -_LARGEST, _LARGEST).astype(np.float32)
+        out = np.zeros(self.sent_size, np.float32)
+        layers = self._factors(out)
+        for layer, reply, left, right in self._terms(changes, weights, mean):
+            rows = slice(reply * self.rank, (reply + 1) * self.rank)
+            layers[layer][0][rows], layers[layer][1][rows] = left, right
+        return out
 
     def added(self, residual: Vector, factors: Vector) -> Vector:
-        """``residual`` (float32 ``[residual_size]``) plus the products of ``factors`` (``stacked``).
-
-        Summed product by product, not by a matrix product: its order of summing is the machine's own.
-        """
+        """``residual`` (float32 ``[residual_size]``) plus the products of ``factors`` (``stacked``)."""
         out = residual.copy()
-        place = start = 0
-        for (outputs, inputs), turned in zip(self.sides, self.turned, strict=True):
-            rows, columns = (inputs, outputs) if turned else (outputs, inputs)
-            middle, stop = start + self.sent_rank * rows, start + self.sent_rank * (rows + columns)
-            lefts = factors[start:middle].reshape(-1, rows)
-            rights = factors[middle:stop].reshape(-1, columns)
-            matrix = out[place : place + rows * columns].reshape(rows, columns)
-            product = np.empty_like(matrix)
-            for left, right in zip(lefts, rights, strict=True):
-                np.multiply.outer(left, right, out=product)
-                matrix += product
-            start, place = stop, place + rows * columns
+        for matrix, (lefts, rights) in zip(self._matrices(out), self._factors(factors), strict=True):
+            _add_products(matrix, lefts, rights)
         return np.clip(out, -_LARGEST, _LARGEST, out=out)
+
+    def summed(
+        self, residual: Vector, changes: Sequence[Vector], weights: Sequence[float], mean: Vector
+    ) -> Vector:
+        """The bits of ``added(residual, stacked(changes, ...))``, with the factors of one reply at a time."""
+        out = residual.copy()
+        matrices = self._matrices(out)
+        for layer, _, left, right in self._terms(changes, weights, mean):
+            _add_products(matrices[layer], left, right)
+        return np.clip(out, -_LARGEST, _LARGEST, out=out)
+
+    def _terms(
+        self, changes: Sequence[Vector], weights: Sequence[float], mean: Vector
+    ) -> Iterator[tuple[int, int, Vector, Vector]]:
+        """(layer, reply, float32 ``[rank, rows]``, float32 ``[rank, columns]``), layer by layer."""
+        start = 0
+        for layer, (outputs, inputs) in enumerate(self.sides):
+            middle, stop = start + self.rank * inputs, start + self.rank * (inputs + outputs)
+            for i, change in enumerate(changes[:-1]):
+                up = change[middle:stop].astype(np.float64) - mean[middle:stop]
+                up = self.scale * weights[i] * up.reshape(outputs, self.rank).T
+                down = change[start:middle].astype(np.float64) - changes[-1][start:middle]
+                down = down.reshape(self.rank, inputs)
+                left, right = (down, up) if self.turned[layer] else (up, down)
+                yield layer, i, _narrowed(left), _narrowed(right)
+            start = stop
+
+    def _stored(self) -> list[tuple[int, int]]:
+        """(rows, columns) of each adapted weight as it is stored."""
+        return [(i, o) if turned else (o, i) for (o, i), turned in zip(self.sides, self.turned, strict=True)]
+
+    def _matrices(self, residual: Vector) -> list[np.ndarray]:
+        """Each layer's part of the residual, ``[rows, columns]``: views."""
+        out, start = [], 0
+        for rows, columns in self._stored():
+            out.append(residual[start : start + rows * columns].reshape(rows, columns))
+            start += rows * columns
+        return out
+
+    def _factors(self, factors: Vector) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Each layer's part of the factors, ``[sent_rank, rows]`` and ``[sent_rank, columns]``: views."""
+        out, start = [], 0
+        for rows, columns in self._stored():
+            middle = start + self.sent_rank * rows
+            stop = middle + self.sent_rank * columns
+            left, right = factors[start:middle], factors[middle:stop]
+            out.append((left.reshape(self.sent_rank, rows), right.reshape(self.sent_rank, columns)))
+            start = stop
+        return out
 
     def rounded(self, factors: Vector, down: str) -> Vector:
         """``factors`` (float32 ``[sent_size]``) as the clients read them, where changes are sent ``down``."""
@@ -139,13 +169,28 @@ class Products:
 
     def change(self, whole: Terms, factors: Vector | None = None) -> Terms:
         """The terms of a change, from those of a whole vector; ``factors``: what the sender puts in it."""
-        if self.sent_size >= self.residual_size:
+        if not self.sends_factors(True):
             return whole
         segments = [
             Segment(RESIDUAL, self.sent_size) if segment.name == RESIDUAL else segment
             for segment in whole.layout.segments
         ]
         return replace(whole, layout=Layout(tuple(segments)), step=ByProducts(self, factors))
+
+
+def _narrowed(values: np.ndarray) -> Vector:
+    return np.clip(values, -_LARGEST, _LARGEST).astype(np.float32)
+
+
+def _add_products(matrix: np.ndarray, lefts: np.ndarray, rights: np.ndarray) -> None:
+    """Add the outer product of each pair of rows to ``matrix`` (float32 ``[rows, columns]``), in place.
+
+    Product by product, not by a matrix product: its order of summing is the machine's own.
+    """
+    product = np.empty_like(matrix)
+    for left, right in zip(lefts, rights, strict=True):
+        np.multiply.outer(left, right, out=product)
+        matrix += product
 
 
 def products_of(trainables: Iterable[Trainable], config: RunConfig) -> Products:

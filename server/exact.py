@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedmask.channel import down_way
 from fedmask.config import RunConfig
 from fedmask.products import Products
 from server.strategy import Combined, Contribution, Tally, reply_weights
@@ -32,11 +33,16 @@ class ExactTally:
             one for one in sorted(self.replies, key=lambda one: one.client) if one.client in found.selected
         ]
         weights = np.array(reply_weights(ordered, self.config.server.task_weighting))
-        factors = self.products.stacked(
+        replies = (
             [reply.change for reply in ordered],
             (weights / weights.sum()).tolist(),
             found.shared.astype(np.float64) - self.start,
         )
-        factors = self.products.rounded(factors, self.config.down)
-        residual = self.products.added(self.residual, factors)
+        factors = None
+        if self.products.sends_factors(down_way(self.config.down).change):
+            # All parties add up what the codec leaves of the factors, the server too.
+            factors = self.products.rounded(self.products.stacked(*replies), self.config.down)
+            residual = self.products.added(self.residual, factors)
+        else:
+            residual = self.products.summed(self.residual, *replies)
         return replace(found, shared=np.concatenate([residual, found.shared]), factors=factors)

@@ -18,6 +18,7 @@ from fedmask.errors import ConfigError
 from fedmask.export import export_run, merged, open_run
 from fedmask.flower import ARRAYS, record_bytes
 from fedmask.ledger import Ledger
+from fedmask.products import Products
 from fedmask.tuner import tuning_of
 from fedmask.workspace import Workspace
 from server.downlink import down_contents
@@ -115,6 +116,43 @@ def test_every_party_holds_the_same_residual(make_config: MakeConfig, tmp_path: 
     assert payload_bytes(late) == 4 * public.vector.size
     (mood,) = export_run(result.folder, tmp_path / "out")
     assert not (mood / "peft").exists()  # the factors alone would be half of it
+
+
+def test_only_what_is_sent_is_rounded(make_config: MakeConfig) -> None:
+    """Where no client reads the factors, the server's residual is that of fp32; else it is theirs."""
+    cases = {
+        "whole": ("fp16", "fp32", 2),
+        "many": ("fp16+delta", "fp32+delta", 8),
+        "sent": ("fp16+delta", "", 2),
+    }
+    for name, (down, exact, rank) in cases.items():
+        more = {"rounds": 1, "lora": {"rank": rank}}
+        config = fedex(make_config, name=name, down=down, **more)
+        found, size = run_inprocess(config).state, Workspace(config).products.residual_size  # type: ignore[union-attr]
+        assert found.shared[:size].any()
+        if exact:
+            state = run_inprocess(fedex(make_config, name=f"{name}-exact", down=exact, **more)).state
+            assert state.shared.tobytes() == found.shared.tobytes()
+        else:
+            assert found.public["mood"].vector[:size].tobytes() == found.shared[:size].tobytes()
+
+
+def test_a_sum_reply_by_reply_has_the_bits_of_stacked_factors() -> None:
+    rng = np.random.default_rng(4)
+    products = Products(((5, 3), (4, 6)), (False, True), rank=2, scale=1.5, clients=4)
+    changes = [rng.normal(0, 10.0 ** (i - 1), 36).astype(np.float32) for i in range(3)]  # one is missing
+    weights = [0.5, 0.2, 0.3]
+    mean = np.average(changes, axis=0, weights=weights)
+    residual = rng.normal(0, 1, 39).astype(np.float32)
+    stacked = products.stacked(changes, weights, mean)
+    assert stacked.shape == (products.sent_size,) and stacked.dtype == np.float32
+    found = products.summed(residual, changes, weights, mean)
+    assert found.tobytes() == products.added(residual, stacked).tobytes() != residual.tobytes()
+    # Of the layer that is stored as [outputs, inputs], in float64: the mean of B A is that of the sum.
+    factors = [(one[:6].reshape(2, 3), one[6:16].reshape(5, 2)) for one in map(np.float64, changes)]
+    exact = sum(w * up @ down for w, (down, up) in zip(weights, factors, strict=True))
+    exact -= mean[6:16].reshape(5, 2) @ mean[:6].reshape(2, 3)
+    np.testing.assert_allclose(found[:15], residual[:15] + 1.5 * exact.reshape(-1), rtol=1e-5, atol=1e-4)
 
 
 def test_an_interrupted_run_goes_on_and_workers_do_not_matter(make_config: MakeConfig) -> None:
