@@ -14,7 +14,7 @@ import numpy as np
 
 from fedmask.costs import union_sizes
 from fedmask.masks import Mask, Rule, derive_mask
-from fedmask.masks.overlap import overlap_facts
+from fedmask.masks.overlap import overlap_facts, overlap_figures
 from fedmask.workspace import Workspace
 
 MOST_CLIENTS = 32  # gradients of more would take longer than a small run itself
@@ -35,7 +35,7 @@ def measured_unions(
     mask = workspace.mask
     if own and len(clients) <= MOST_CLIENTS:
         unions = list(union_sizes(own, schedule)) if own.keys() >= set(clients) else None
-        return unions, _figures(workspace, own, workspace.no_mask.rule, 0)
+        return unions, _facts(workspace, own, workspace.no_mask.rule)
     if mask is None or not config.overlap_batches or not 0 < len(clients) <= MOST_CLIENTS:
         return None, {}
     if any(workspace.is_own(client) for client in clients):
@@ -44,17 +44,17 @@ def measured_unions(
     masks = {
         client: workspace.scores("gradient", client, settings).mask(mask.rule).indices for client in clients
     }
-    figures = _figures(workspace, masks, replace(mask.rule, name="gradient"), config.overlap_batches)
-    return list(union_sizes(masks, schedule)), figures
+    # For comparison alone, in every run: no more than what its report says of it.
+    figures = {"rule": "gradient", "batches": config.overlap_batches, "k": mask.k}
+    return list(union_sizes(masks, schedule)), figures | overlap_figures(list(masks.values()))
 
 
-def _figures(
-    workspace: Workspace, masks: Mapping[int, np.ndarray], rule: Rule, batches: int
-) -> dict[str, Any]:
+def _facts(workspace: Workspace, masks: Mapping[int, np.ndarray], rule: Rule) -> dict[str, Any]:
+    """Of the masks that the run's clients had: all that can be said."""
     space = workspace.space
     shared = derive_mask(workspace.backbone.model, replace(rule, name="magnitude", seed=0))
     found = {client: Mask(indices, space, rule) for client, indices in sorted(masks.items())}
     facts = overlap_facts(
         found, [workspace.task_of(client) for client in found], shared, workspace.config.seed
     )
-    return {"rule": rule.name, "batches": batches, "union": round(facts["growth"][-1]["union"])} | facts
+    return {"rule": rule.name, "batches": 0, "union": round(facts["growth"][-1]["union"])} | facts

@@ -17,10 +17,21 @@ from fedmask.codecs.indices import index_entropy_bytes
 from fedmask.costs import independent_union
 from fedmask.masks.base import Mask
 from fedmask.rng import rng_for
-from fedmask.unions import union
+from fedmask.unions import Indices, find, union
 
 ORDERS = 50
 VALUE_BYTES = 4
+
+
+def overlap_figures(indices: Sequence[Indices]) -> dict[str, Any]:
+    """The few figures that are cheap: ``indices`` are the clients' masks (int64, sorted, unique)."""
+    together, places = _placed(indices)
+    jaccard = _jaccard(places, together.size)
+    return {
+        "clients": len(indices),
+        "union": together.size,
+        "mean_jaccard": _mean([jaccard[a][b] for a, b in combinations(range(len(indices)), 2)]),
+    }
 
 
 def overlap_facts(masks: Mapping[int, Mask], tasks: Sequence[str], shared: Mask, seed: int) -> dict[str, Any]:
@@ -30,11 +41,15 @@ def overlap_facts(masks: Mapping[int, Mask], tasks: Sequence[str], shared: Mask,
     union's growth is the mean over random orders of the clients, which ``seed`` draws.
     """
     indices = [masks[client].indices for client in sorted(masks)]
-    jaccard = [[_jaccard(one, other) for other in indices] for one in indices]
+    together, places = _placed(indices)
+    jaccard = _jaccard(places, together.size)
     pairs = [(a, b) for a, b in combinations(range(len(indices)), 2)]
     same = [jaccard[a][b] for a, b in pairs if tasks[a] == tasks[b]]
     other = [jaccard[a][b] for a, b in pairs if tasks[a] != tasks[b]]
-    counts = np.unique(np.concatenate(indices), return_counts=True)[1]
+    counts = np.zeros(together.size, np.int64)
+    for places_of_one in places:
+        counts[places_of_one] += 1
+    common = [int(np.count_nonzero(find(shared.indices, one)[1])) for one in indices]
     return {
         "k": shared.k,
         "eligible_size": shared.space.eligible_size,
@@ -45,44 +60,64 @@ def overlap_facts(masks: Mapping[int, Mask], tasks: Sequence[str], shared: Mask,
         "mean_jaccard": _mean([jaccard[a][b] for a, b in pairs]),
         "mean_jaccard_same_task": _mean(same),
         "mean_jaccard_other_task": _mean(other),
-        "mean_jaccard_with_shared": _mean([_jaccard(one, shared.indices) for one in indices]),
+        "mean_jaccard_with_shared": _mean(
+            [_index(both, one.size, shared.k) for both, one in zip(common, indices, strict=True)]
+        ),
         "chosen_by_all": int(np.sum(counts == len(indices))),
         "chosen_by_one": int(np.sum(counts == 1)),
-        "growth": _growth(indices, shared, seed),
-        "layers": _layers(masks, shared),
+        "growth": _growth(places, together.size, shared, seed),
+        "layers": _layers(masks, together, shared),
     }
 
 
-def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
-    both = np.intersect1d(one, other, assume_unique=True).size
-    return both / (one.size + other.size - both)
+def _placed(indices: Sequence[Indices]) -> tuple[Indices, list[Indices]]:
+    """The union of ``indices``, and where in it each of them lies: a flag an entry then stands for a set."""
+    together = union(*indices)
+    return together, [np.searchsorted(together, one) for one in indices]
+
+
+def _jaccard(places: Sequence[Indices], size: int) -> list[list[float]]:
+    """The index of each with each, ``[n][n]``; ``places``: see ``_placed``, of a union of ``size``."""
+    out = [[1.0] * len(places) for _ in places]
+    for a, one in enumerate(places):
+        chosen = np.zeros(size, bool)
+        chosen[one] = True
+        for b in range(a + 1, len(places)):
+            both = int(np.count_nonzero(chosen[places[b]]))
+            out[a][b] = out[b][a] = _index(both, one.size, places[b].size)
+    return out
+
+
+def _index(both: int, one: int, other: int) -> float:
+    return both / (one + other - both)
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _growth(indices: Sequence[np.ndarray], shared: Mask, seed: int) -> list[dict[str, Any]]:
+def _growth(places: Sequence[Indices], size: int, shared: Mask, seed: int) -> list[dict[str, Any]]:
     """One row a number of clients: the union's size, and what a client receives because of it."""
-    k, eligible, count = shared.k, shared.space.eligible_size, len(indices)
+    k, eligible, count = shared.k, shared.space.eligible_size, len(places)
     sizes = np.zeros((ORDERS, count))
     rng = rng_for(seed, -1, -1, "overlap-orders")
     for number in range(ORDERS):
-        known = np.empty(0, np.int64)
-        for place, client in enumerate(rng.permutation(count)):
-            known = union(known, indices[client])
-            sizes[number, place] = known.size
+        known, found = np.zeros(size, bool), 0
+        for at, client in enumerate(rng.permutation(count)):
+            found += places[client].size - int(np.count_nonzero(known[places[client]]))
+            known[places[client]] = True
+            sizes[number, at] = found
     rows = []
     for clients in range(1, count + 1):
-        found = sizes[:, clients - 1]
-        mean = math.ceil(float(found.mean()))
+        after = sizes[:, clients - 1]
+        mean = math.ceil(float(after.mean()))
         rows.append(
             {
                 "clients": clients,
-                "union": float(found.mean()),
-                "least": int(found.min()),
-                "most": int(found.max()),
-                "times_k": float(found.mean()) / k,
+                "union": float(after.mean()),
+                "least": int(after.min()),
+                "most": int(after.max()),
+                "times_k": float(after.mean()) / k,
                 "independent": independent_union(k, eligible, clients),
                 "down_bytes": VALUE_BYTES * mean,
                 "index_bytes": math.ceil(index_entropy_bytes(mean, eligible)),
@@ -92,9 +127,9 @@ def _growth(indices: Sequence[np.ndarray], shared: Mask, seed: int) -> list[dict
     return rows
 
 
-def _layers(masks: Mapping[int, Mask], shared: Mask) -> list[dict[str, Any]]:
+def _layers(masks: Mapping[int, Mask], everyone: Indices, shared: Mask) -> list[dict[str, Any]]:
     """One row an eligible tensor: how many entries a client, their union and the shared mask have there."""
-    space, everyone = shared.space, np.unique(np.concatenate([mask.indices for mask in masks.values()]))
+    space = shared.space
     together = [part.size for part in space.split(everyone)]
     theirs = np.array([[part.size for part in space.split(mask.indices)] for mask in masks.values()])
     ours = [part.size for part in space.split(shared.indices)]

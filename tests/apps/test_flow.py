@@ -360,7 +360,10 @@ def test_a_failing_comparison_does_not_lose_the_run(
     for key in ("vector_sha256", "test", "clients", "bytes"):
         assert result.summary[key] == plain[key]
     assert result.summary["costs"].keys() == plain["costs"].keys()
-    assert result.summary["overlap"] == {} != plain["overlap"]
+    assert result.summary["overlap"] == {}
+    # Masks for comparison alone get the few figures that are quick to find, not those of ``fedmask overlap``.
+    few = {"rule", "batches", "k", "clients", "union", "mean_jaccard"}
+    assert plain["overlap"].keys() == few and plain["overlap"]["k"] < plain["overlap"]["union"]
 
 
 @pytest.mark.parametrize("method", ["head", "full"])

@@ -11,7 +11,8 @@ import pytest
 from experiments.cli import main
 from experiments.report import write_report
 from fedmask.masks import Mask, Rule
-from fedmask.masks.overlap import overlap_facts
+from fedmask.masks.overlap import overlap_facts, overlap_figures
+from fedmask.rng import rng_for
 from fedmask.space import parameter_space
 from tests.support import make_model, save_two_tasks
 
@@ -41,6 +42,22 @@ def test_counts_by_hand() -> None:
     assert sum(row["client_mean"] for row in layers) == 4
     assert sum(row["union"] for row in layers) == 10
     assert sum(row["shared"] for row in layers) == 4
+
+
+def test_random_sets_against_sets() -> None:
+    rng = np.random.default_rng(2)
+    chosen = [sorted(rng.choice(40, 9, replace=False).tolist()) for _ in range(6)]
+    shared, *own = masks(*chosen)
+    facts = overlap_facts(dict(enumerate(own)), ["a"] * 5, shared, seed=3)
+    sets = [set(one) for one in chosen[1:]]
+    assert facts["jaccard"] == [[len(a & b) / len(a | b) for b in sets] for a in sets]
+    few = overlap_figures([one.indices for one in own])
+    assert few == {"clients": 5, "union": len(set().union(*sets)), "mean_jaccard": facts["mean_jaccard"]}
+    rng = rng_for(3, -1, -1, "overlap-orders")
+    orders = [rng.permutation(5) for _ in range(facts["orders"])]
+    for row in facts["growth"]:
+        sizes = [len(set().union(*(sets[i] for i in order[: row["clients"]]))) for order in orders]
+        assert (row["union"], row["least"], row["most"]) == (np.mean(sizes), min(sizes), max(sizes))
 
 
 def test_the_command_writes_facts_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
