@@ -179,7 +179,8 @@ class Products:
 
 
 def _narrowed(values: np.ndarray) -> Vector:
-    return np.clip(values, -_LARGEST, _LARGEST).astype(np.float32)
+    out: Vector = np.clip(values, -_LARGEST, _LARGEST).astype(np.float32)
+    return out
 
 
 def _add_products(matrix: np.ndarray, lefts: np.ndarray, rights: np.ndarray) -> None:
