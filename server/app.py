@@ -6,7 +6,6 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -163,11 +162,11 @@ def run_server(
             folder.create(record | {"own_rows": {str(client): rows for client, rows in roster.rows.items()}})
             if needs_agreement(workspace):
                 keep_mask(workspace, folder.path)
+        journal = Journal(folder.path, ledger)
     record = {}  # thousands of clients' label counts, which are in the file
     try:
         state.confirm(roster.held)
         most = most_claims(workspace, roster.rows)
-        journal = Journal(folder.path, ledger)
         federation = Federation(workspace, grid, roster, strategy, ledger, observer, most, journal)
         rows = point.rows if point else []
         earlier = sum(row["seconds"] for row in rows)
@@ -179,7 +178,7 @@ def run_server(
         while state.round < config.rounds:
             if claims:
                 lost = lost_seats(rows[-1]["rejected"])
-                state.confirm(rejoin(grid, workspace, ledger, roster, state.round + 1, lost))
+                state.confirm(rejoin(grid, workspace, ledger, roster, state.round + 1, lost, journal))
                 journal.settle()
                 federation.most = most_claims(workspace, roster.rows)
             state, row = federation.train_round(state)
@@ -188,8 +187,7 @@ def run_server(
         since = began - earlier
         summary = _finish(federation, state, rows, folder, since, client_evaluation, search, journal)
     except BaseException:
-        with suppress(OSError):  # the disk may be what failed
-            folder.save_ledger(ledger)  # it says who and in which round
+        journal.break_off()  # the ledger says who and in which round
         raise
     observer.on_end(summary)
     return RunResult(folder.path, summary, state)

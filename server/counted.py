@@ -17,14 +17,19 @@ _CLIENTS, _ROUNDS, _UNUSED = "counted/clients", "counted/rounds", "counted/unuse
 
 @dataclass(frozen=True)
 class Counted:
-    """``last``: by client, the last round whose reply counted; ``unused``: who was asked after it in vain."""
+    """``last``: by client, the last round whose reply counted; ``unused``: who was asked after it in vain.
+
+    ``begun``: who was asked in a round that broke off and is done again. Who is asked again knows by the
+    round's number; the others are in ``unused`` after it.
+    """
 
     last: Mapping[int, int] = field(default_factory=dict)
     unused: frozenset[int] = frozenset()
+    begun: frozenset[int] = frozenset()
 
     def after(self, round: int, asked: Iterable[int], good: Collection[int]) -> Counted:
         """After ``round``, in which clients were ``asked`` and the replies of the ``good`` ones counted."""
-        unused = (self.unused | set(asked)) - set(good)
+        unused = (self.unused | self.begun | set(asked)) - set(good)
         return Counted({**self.last, **dict.fromkeys(good, round)}, frozenset(unused))
 
     def told(self, client: int) -> int | None:

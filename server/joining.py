@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -29,7 +30,8 @@ from fedmask.flower import (
 from fedmask.ledger import Ledger
 from fedmask.methods import TASK_SPECIFIC
 from fedmask.workspace import Workspace
-from server.exchange import Answer, Request, enter, exchange
+from server.exchange import Answer, Note, Request, enter, exchange, no_note
+from server.journal import Journal
 from server.replies import Joined, read_join
 from server.seats import claimed, numbered_first, seat_offers, told_offers, whom_to_ask
 
@@ -141,7 +143,13 @@ def join(
 
 
 def rejoin(
-    grid: Grid, workspace: Workspace, ledger: Ledger, roster: Roster, round: int, lost: set[int]
+    grid: Grid,
+    workspace: Workspace,
+    ledger: Ledger,
+    roster: Roster,
+    round: int,
+    lost: set[int],
+    journal: Journal | None = None,
 ) -> dict[int, int]:
     """Before ``round``: let nodes that came (back) meanwhile take their seats; the versions that these hold.
 
@@ -165,7 +173,8 @@ def rejoin(
     for node, seat in again.items():
         offers |= told_offers([node], [seat], offered)
     requests = [Request(node, -1, offer) for node, offer in offers.items()]
-    answers = exchange(grid, requests, QUERY_JOIN, min(config.server.timeout, REJOIN_SECONDS))
+    seconds, note = min(config.server.timeout, REJOIN_SECONDS), _note(journal, round)
+    answers = exchange(grid, requests, QUERY_JOIN, seconds, note=note)
     roster.note_mute(round, answers)
     found, needing = Roster(), []
     for answer in numbered_first(answers):
@@ -181,8 +190,12 @@ def rejoin(
     for seat, node in sorted(found.nodes.items()):
         log.info("fedmask: client %d is back (node %d)", seat, node)
     if needing:
-        send_mask(grid, workspace, ledger, roster, needing, round)
+        send_mask(grid, workspace, ledger, roster, needing, round, journal)
     return found.held
+
+
+def _note(journal: Journal | None, round: int) -> Note:
+    return partial(journal.note, round, "mask") if journal else no_note
 
 
 def _offered(workspace: Workspace, after: Sequence[int]) -> dict[str, str | list[str]]:
@@ -258,7 +271,13 @@ def _refuse_gaps(wanted: int, answers: list[Answer], roster: Roster) -> None:
 
 
 def send_mask(
-    grid: Grid, workspace: Workspace, ledger: Ledger, roster: Roster, clients: list[int], round: int = 0
+    grid: Grid,
+    workspace: Workspace,
+    ledger: Ledger,
+    roster: Roster,
+    clients: list[int],
+    round: int = 0,
+    journal: Journal | None = None,
 ) -> None:
     """Send the packed mask to some partitions before ``round``; who does not confirm it leaves the roster."""
     mask = workspace.mask
@@ -267,7 +286,9 @@ def send_mask(
     packed = pack_indices(np.asarray(mask.indices), mask.space.size, boundaries=mask.space.offsets)
     content = RecordDict({ARRAYS: bytes_record(packed, MASK)})
     requests = [Request(roster.nodes[client], client, content) for client in sorted(clients)]
-    answers = exchange(grid, requests, QUERY_MASK, workspace.config.server.timeout)
+    answers = exchange(
+        grid, requests, QUERY_MASK, workspace.config.server.timeout, note=_note(journal, round)
+    )
     for answer in answers:
         said = _read(answer)
         if said is not None and (said.digest, said.partition) != (mask.digest, answer.client):

@@ -8,7 +8,9 @@ before it is sent, so that a server killed while it sends has counted too much r
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 
@@ -41,6 +43,12 @@ class Journal:
             self.ledger.write_jsonl(self.path.with_name(LEDGER))
             self.path.unlink(missing_ok=True)
 
+    def break_off(self) -> None:
+        """The same in a round that did not end, of which the ledger may not have all. The disk may be why."""
+        with suppress(OSError):
+            rewrite_ledger(self.path.parent, with_journal(self.path.parent, list(self.ledger)))
+            self.path.unlink(missing_ok=True)
+
 
 def with_journal(folder: Path, rows: list[LedgerRow]) -> list[LedgerRow]:
     """``rows`` of the ledger's file, and after them what only the journal of a killed server has.
@@ -50,6 +58,18 @@ def with_journal(folder: Path, rows: list[LedgerRow]) -> list[LedgerRow]:
     """
     start, noted = _read(folder / JOURNAL)
     return rows[:start] + noted if len(noted) > len(rows[start:]) else rows
+
+
+def rewrite_ledger(folder: Path, rows: Iterable[LedgerRow]) -> None:
+    """Put ``rows`` in the place of the ledger's file, in one step."""
+    part = folder / f"{LEDGER}.part"
+    part.unlink(missing_ok=True)
+    try:
+        Ledger(rows).write_jsonl(part)
+        os.replace(part, folder / LEDGER)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _read(path: Path) -> tuple[int, list[LedgerRow]]:

@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 import fedmask
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError, FederationError
-from fedmask.ledger import Ledger
 
 FOLDER_LINE = "fedmask: the run's folder is"  # in the log, for who follows it
 Existing = Literal["refuse", "overwrite", "number", "resume"]
@@ -93,10 +92,6 @@ class RunFolder:
         """One line of ``rounds.jsonl``."""
         with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
             file.write(_dump(row) + "\n")
-
-    def save_ledger(self, ledger: Ledger) -> None:
-        """Append to ``ledger.jsonl`` what is not there yet: a run that dies leaves what it did."""
-        ledger.write_jsonl(self.path / "ledger.jsonl")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """``summary.json``, last and in one step: its presence means a complete run."""

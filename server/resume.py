@@ -27,7 +27,7 @@ from fedmask.ledger import Ledger
 from fedmask.workspace import Workspace
 from server.channel_state import channel_tensors, read_channel
 from server.counted import Counted
-from server.journal import with_journal
+from server.journal import rewrite_ledger, with_journal
 from server.record import plain, read_json, write_json, write_lines
 from server.rounds import Row
 from server.state import RunState
@@ -80,7 +80,7 @@ class Point:
         return {}
 
     def go_on(self, folder: Path, record: Mapping[str, Any], joining: Ledger) -> Ledger:
-        """Cut the folder's files back to this point; the ledger to go on with.
+        """Cut the folder's files back to this point; the ledger to go on with. ``state`` notes who had begun.
 
         Messages of a round that did not end stay in the ledger as ``aborted``; those of ``joining`` again
         belong to no round (-1).
@@ -93,15 +93,15 @@ class Point:
             *(replace(row, round=-1) for row in joining),
         ]
         write_lines(folder / "rounds.jsonl", self.rows)
-        part = folder / "ledger.jsonl.part"
-        part.unlink(missing_ok=True)
-        Ledger(kept).write_jsonl(part)
-        os.replace(part, folder / "ledger.jsonl")
+        rewrite_ledger(folder, kept)
         if self.file != STATE:  # the damaged one must not become the one before
             os.replace(folder / self.file, folder / STATE)
         now = {"after_round": self.state.round, "engine": record["engine"], "versions": record["versions"]}
         now["flower_run_before"] = self.record.get("flower_run")
-        if note := self._too_far(max((row.round for row in aborted if row.kind == "train"), default=0)):
+        begun = [row for row in aborted if row.kind == "train"]
+        asked = frozenset(row.client for row in begun)
+        self.state.counted = replace(self.state.counted, begun=asked)
+        if note := self._too_far(max((row.round for row in begun), default=0)):
             log.warning("fedmask: %s", note)
             now["note"] = note
         resumed = {

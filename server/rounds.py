@@ -151,7 +151,7 @@ class Federation:
         holders = state.holders.with_round(round, own) if own else state.holders
         counted = state.counted
         if up_codec(self.config.up).keeps_state:
-            counted = counted.after(round, clients, [reply.client for reply in good])
+            counted = counted.after(round, clients, combined.selected)
         after = RunState(round, combined.shared, combined.heads, state.public, held, holders, counted)
         after.publish(self.workspace, combined.factors)
         row.update(self._measured(good))

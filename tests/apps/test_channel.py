@@ -22,9 +22,10 @@ from fedmask.flower import behind_content
 from fedmask.ledger import Ledger
 from fedmask.workspace import get_workspace
 from server.app import RunResult
-from server.resume import STATE
+from server.resume import STATE, interrupted
 from tests.apps.fakes import QuickApp, quick_app
-from tests.apps.grids import read_rows, run_on
+from tests.apps.grids import TamperedGrid, read_rows, run_on
+from tests.apps.test_rejections import BAD_REPLIES
 from tests.apps.test_resume import Cuts, PowerCut, assert_same, cut, spoil
 
 MakeConfig = Callable[..., RunConfig]
@@ -247,6 +248,44 @@ def test_what_a_reply_that_is_not_used_carried_is_taken_back(make_config: MakeCo
     assert vain.summary["vector_sha256"] == silent.summary["vector_sha256"]
     whole = quick(make_config(name="whole", rounds=5, **COARSE))
     assert vain.summary["vector_sha256"] != whole.summary["vector_sha256"]
+
+
+@pytest.mark.parametrize("lost", [(), (3,)], ids=["one is chosen", "the old vector stays"])
+def test_a_reply_that_the_strategy_leaves_out_is_not_used(
+    make_config: MakeConfig, lost: tuple[int, ...]
+) -> None:
+    """Krum takes one of five replies, and none where it has too few."""
+    krum = {"strategy": "krum", "options": {"num_malicious_nodes": 1}, "min_replies": 1}
+    config, silent = make_config(rounds=3, server=krum, **COARSE), BAD_REPLIES["error"][0]
+    grid = TamperedGrid(
+        config, lambda c, r, reply: [silent(reply)] if c == 0 and r in lost else [reply], quick_app
+    )
+    result = run_on(grid)
+    rows = read_rows(result.folder, "rounds")[1:]
+    assert [len(row["selected"]) for row in rows] == [0 if row["round"] in lost else 1 for row in rows]
+    assert ("old vector stays" in rows[2]["note"]) == bool(lost)
+    counted = result.state.counted
+    assert counted.last == {client: row["round"] for row in rows for client in row["selected"]}
+    assert counted.unused == set(range(5)) - set(rows[2]["selected"])
+
+
+def test_clients_of_a_round_that_broke_off_go_back_also_if_they_are_not_asked_again(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config(rounds=4, server={"clients_per_round": 3}, **COARSE)
+    folder = cut(config, "reply", 3)
+    point = interrupted(folder, config)
+    before = point.state.counted
+    ledger = point.go_on(folder, point.record, Ledger())
+    begun = {row.client for row in ledger if row.round == 3 and row.kind == "train"}
+    assert len(begun) == 3
+    counted = point.state.counted
+    for client in range(5):  # the round that is done again costs the same bytes
+        assert counted.told(client) == before.told(client)
+    after = counted.after(3, [4], [4])
+    assert all(after.told(client) == before.last.get(client, 0) for client in begun - {4})
+    assert after.told(4) is None
+    assert after.after(4, begun, begun).unused.isdisjoint(begun)
 
 
 def test_what_a_run_is_scored_on_and_exports_is_the_exact_vector(make_config: MakeConfig) -> None:

@@ -230,6 +230,27 @@ def test_a_round_that_failed_is_done_again_and_its_traffic_is_kept(make_config: 
     assert (comparisons(run)[0]["total"], traffic(run)) == (comparisons(other)[0]["total"], traffic(other))
 
 
+@pytest.mark.parametrize("error", [PowerCut, FederationError])
+def test_what_a_round_that_broke_off_has_sent_is_in_the_ledger(
+    make_config: MakeConfig, error: type[BaseException]
+) -> None:
+    """At once, not only when the run goes on: of a round that had not entered it, and of one that had."""
+    config = make_config(clients=(3, 1), rounds=3, server={"min_replies": 4})
+    if error is PowerCut:
+        folder = cut(config, "reply", 2)
+    else:
+        silent, folder = BAD_REPLIES["error"][0], Path(config.runs_dir) / config.name
+        with pytest.raises(FederationError, match="round 2"):
+            run_on(TamperedGrid(config, lambda c, r, reply: [silent(reply) if r == 2 else reply], quick_app))
+    assert not (folder / JOURNAL).exists()
+    rows = [row for row in read_rows(folder, "ledger") if row["round"] == 2]
+    ways = [(row["client"], row["direction"]) for row in rows]
+    assert len(ways) == len(set(ways))
+    assert {(client, "down") for client in range(4)} <= set(ways)
+    before = [row for row in read_rows(folder, "ledger") if row["round"] == 1]
+    assert len(before) == 8
+
+
 def test_twice_interrupted_and_with_more_rounds(make_config: MakeConfig) -> None:
     whole = quick(make_config(name="whole", rounds=5, server=ADAM)).folder
     config = make_config(rounds=4, server=ADAM)

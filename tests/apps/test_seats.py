@@ -15,6 +15,7 @@ from experiments.inprocess import InProcessGrid
 from fedmask.config import RunConfig
 from fedmask.flower import SEAT
 from server import joining
+from server.journal import Journal, with_journal
 from server.seats import whom_to_ask
 from tests.apps.grids import read_rows, run_on
 
@@ -112,6 +113,33 @@ def test_a_node_that_comes_back_with_nothing_is_sent_the_whole_at_once(
     down = [row for row in read_rows(run.folder, "ledger")
             if (row["client"], row["round"], row["direction"]) == (seat, 4, "down")]  # fmt: skip
     assert [row["kind"] for row in down] == ["mask", "mask", "train"]  # offer, mask, and the vector once
+
+
+def test_what_a_node_that_comes_back_costs_is_on_disk_before_its_round(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server killed between the two leaves it in the journal."""
+    noted: list[tuple[int, str, int, int]] = []
+    settle = Journal.settle
+
+    def look(journal: Journal) -> None:
+        rows = with_journal(journal.path.parent, [])
+        noted.extend((one.round, one.direction, one.payload_bytes, one.message_bytes)
+                     for one in rows if one.kind == "mask")  # fmt: skip
+        settle(journal)
+
+    monkeypatch.setattr(Journal, "settle", look)
+    config = make_config(rounds=4, mask_transport="packed")
+    grid = ClaimingGrid(config, Nodes(config, tmp_path / "state", monkeypatch, {}), 5)
+    grid.restarted = 3, False
+    run = run_on(grid, engine="superlink")
+    entered = [
+        (row["round"], row["direction"], row["payload_bytes"], row["message_bytes"])
+        for row in read_rows(run.folder, "ledger")
+        if row["kind"] == "mask" and row["round"] == 4
+    ]
+    assert len(entered) == 4  # offer and mask, both ways
+    assert sorted(noted) == sorted(entered)
 
 
 def test_a_node_that_never_answers_is_asked_less_and_less(
