@@ -7,15 +7,15 @@ not for passing or failing anything.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from experiments.benchmarks.measuring import machine
+from experiments.benchmarks.measuring import write
 from fedmask.codecs import (
     encode_update,
     index_entropy_bytes,
@@ -131,7 +131,8 @@ def main() -> None:
         "values": [measure_values(codec, options.repeats) for codec in VALUE_CODECS],
     }
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+        torch.set_num_threads(1)  # no codec uses more
+        write(options.json, **result)
     for title, rows in result.items():
         print(title)
         print("  " + "  ".join(rows[0]))

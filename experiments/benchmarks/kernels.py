@@ -13,9 +13,7 @@ Times are medians of ``--repeats`` turns, after one that is not counted. Ratios 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks.measuring import in_turns
+from experiments.benchmarks.measuring import in_turns, write
 from fedmask.kernels import Pattern, available_kernels, choose_kernel, sampled_weight_gradient
 
 SHAPES = ((384, 384), (1536, 384), (768, 768), (3072, 768), (1024, 4096))
@@ -156,15 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = list(measure(*grid, repeats=options.repeats))
     Console(width=120).print(table_of(rows))
     print(", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in start.items()))
-    if options.json:
-        machine = {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "torch": torch.__version__,
-        }
-        document = {"machine": machine, "repeats": options.repeats, "first_call": start, "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    write(options.json, settings={"repeats": options.repeats}, first_call=start, rows=rows)
     return 0
 
 

@@ -1,8 +1,9 @@
 """Each method in its best precision and attention: ``python -m experiments.benchmarks.precision``.
 
-Unlike ``step``, this is training as it is used: dropout 0.1 on, our models with our attention and dropout,
-the others as transformers gives them, in float32, under autocast to bfloat16 or with frozen weights in
-bfloat16, with fused (sdpa) or plain (eager) attention; each method's fastest way counts. Steps take turns.
+Unlike ``step``, this is training as it is used: dropout 0.1 on, our models with our attention and dropout
+(and once without, ``sdpa``), the others as transformers gives them, in float32, under autocast to bfloat16 or
+with frozen weights in bfloat16, with fused (sdpa) or plain (eager) attention; each method's fastest way
+counts. Steps take turns.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ DROPOUT = 0.1
 BASE = "dense-mask, fp32, sdpa"
 # Method, precision, attention. Frozen weights in bfloat16 only where the method has frozen weights.
 WAYS = (
-    *(("fedmask", precision, "ours") for precision in ("fp32", "bf16")),
+    *(("fedmask", *way) for way in product(("fp32", "bf16"), ("ours", "sdpa"))),
     *(("dense-mask", *way) for way in (("fp32", "sdpa"), ("autocast", "sdpa"), ("autocast", "eager"))),
     *(("full", *way) for way in (("fp32", "sdpa"), ("autocast", "eager"))),
     *(("lora", *way) for way in (("fp32", "sdpa"), ("autocast", "eager"), ("bf16", "eager"))),

@@ -1,8 +1,9 @@
 """Federations of 10 to 10,000 clients, and our streaming mean: ``python -m experiments.benchmarks.scale``.
 
 Clients: a small model, at most 100 clients a round, one process and one thread; each number of clients in a
-process of its own. Seconds from the start of the run until all have joined, and a round; peak memory of the
-process, and by how much it grew from the first round to the last.
+process of its own; then with two processes, and with clients that keep error feedback. Seconds from the start
+of the run until all have joined, and a round; peak memory of the process, and by how much it grew from the
+first round to the last.
 
 Aggregation: updates of a million entries, one after the other, in turns with a copy of memory of the same
 machine at the same time. An update moves 20 bytes an entry (4 read, 8 read and 8 written), a copy 16. Beside
@@ -29,7 +30,8 @@ import numpy as np
 from experiments.benchmarks.measuring import write
 
 CLIENTS = (10, 100, 1_000, 10_000)
-ENTRIES, REPLIES, HELD_REPLIES = 1_000_000, 1_000, 200
+ENTRIES, REPLIES = 1_000_000, 1_000
+HELD = {"mean": REPLIES, "fedavg": 200}  # replies of a whole round; FedAvg holds them all
 _COPIED = 32_000_000  # float64 values: far beyond any cache
 
 
@@ -38,7 +40,7 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure_clients(clients: int, workers: int) -> dict[str, Any]:
+def measure_clients(clients: int, workers: int, up: str) -> dict[str, Any]:
     """One run of three rounds; in a fresh process, because memory is measured."""
     import torch
 
@@ -56,7 +58,7 @@ def measure_clients(clients: int, workers: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        config = small_run(Path(folder), clients, workers=workers, server=_server(clients))
+        config = small_run(Path(folder), clients, workers=workers, up=up, server=_server(clients))
         # What every run pays, whatever its size: a run of two clients first.
         run_inprocess(small_run(Path(folder), 2, rounds=1), client_evaluation=False)
         watch, base = Watch(), peak_megabytes()
@@ -66,6 +68,8 @@ def measure_clients(clients: int, workers: int) -> dict[str, Any]:
     rounds = np.diff([seconds for seconds, _ in watch.marks])
     return {
         "clients": clients,
+        "workers": workers,
+        "up": up,
         "sampled": min(100, clients),
         "values": int(size),
         "joined_seconds": watch.marks[0][0],
@@ -127,13 +131,13 @@ def measure_held(strategy: str) -> dict[str, Any]:
     shared, heads = np.zeros(ENTRIES, np.float32), {"task": np.zeros(0, np.float32)}
     base = peak_megabytes()
     began = time.perf_counter()
-    tally = make_strategy(ServerConfig(strategy=strategy)).start(1, shared, heads, 10 * HELD_REPLIES)
-    for client in range(HELD_REPLIES):
-        tally.add(Contribution(client, "task", 10, np.full(ENTRIES, 1e-3 * client, np.float32)))
+    tally = make_strategy(ServerConfig(strategy=strategy)).start(1, shared, heads, 10 * HELD[strategy])
+    for client in range(HELD[strategy]):
+        tally.add(Contribution(client, "task", 10, np.full(ENTRIES, 1e-6 * client, np.float32)))
     tally.result()
     return {
         "strategy": strategy,
-        "replies": HELD_REPLIES,
+        "replies": HELD[strategy],
         "seconds": time.perf_counter() - began,
         "grown_megabytes": peak_megabytes() - base,
     }
@@ -153,22 +157,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--up", default="fp32", help=argparse.SUPPRESS)
     parser.add_argument("--clients", type=int, nargs="*", default=list(CLIENTS))
     parser.add_argument("--only-clients", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--only-strategy", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only_clients:
-        print(json.dumps(measure_clients(options.only_clients, options.workers)))
+        print(json.dumps(measure_clients(options.only_clients, options.workers, options.up)))
         return
     if options.only_strategy:
         print(json.dumps(measure_held(options.only_strategy)))
         return
-    workers = ("--workers", str(options.workers))
+    # Beside the plain ones: two processes, and clients that keep a vector between rounds (error feedback).
+    cases = [(n, "1", "fp32") for n in options.clients]
+    cases += [(min(1_000, max(options.clients)), "2", "fp32"), (max(options.clients), "1", "int4+ef")]
     result: dict[str, Any] = {
-        "clients": [in_a_process("--only-clients", str(n), *workers) for n in options.clients],
+        "clients": [
+            in_a_process("--only-clients", str(n), "--workers", workers, "--up", up)
+            for n, workers, up in cases
+        ],
         "aggregation": measure_aggregation(options.repeats),
-        "held": [in_a_process("--only-strategy", name) for name in ("mean", "fedavg")],
+        "held": [in_a_process("--only-strategy", name) for name in HELD],
     }
     for title in ("clients", "held"):
         print(title)

@@ -61,7 +61,7 @@ def precision(found: dict[str, Any]) -> str:
 
 def memory(found: dict[str, Any]) -> str:
     """Number 3: megabytes of a step, and of what is trained."""
-    columns = ("method", "model", "peak above the floor", "of it kept inputs", "trained state",
+    columns = ("method", "model", "peak above the floor", "inputs kept above the floor", "trained state",
                "state, bytes a trained entry", "masks and indices")  # fmt: skip
     rows = [
         [f"{row['method']}, {row['precision']}", row["model"],
@@ -69,6 +69,21 @@ def memory(found: dict[str, Any]) -> str:
          f"{row['state_bytes_per_trained_entry']:,.0f}", f"{row['beside_bytes'] / _MB:.1f}"]
         for row in found["memory"]
     ]  # fmt: skip
+    return _table(columns, rows)
+
+
+def kernels(found: dict[str, Any]) -> str:
+    """The sampled weight gradient of one layer, float32 and all the machine's threads."""
+    most = max(row["threads"] for row in found["rows"]), max(row["tokens"] for row in found["rows"])
+    rows = [
+        [f"{row['outputs']} x {row['inputs']}", f"{row['density']:.1%}",
+         *(f"{row[name]:.2f}" for name in ("product_ms", "dense_ms", "sampled_ms")),
+         f"{row['ratio_to_product']:.1f}", row["auto"]]
+        for row in found["rows"]
+        if row["precision"] == "fp32" and (row["threads"], row["tokens"]) == most
+    ]  # fmt: skip
+    columns = ("weight", "density", "product, ms", "product and gather, ms", "sampled, ms",
+               "times the product's speed", "chosen")  # fmt: skip
     return _table(columns, rows)
 
 
@@ -111,11 +126,11 @@ def overhead(found: dict[str, Any]) -> str:
 
 def scale(found: dict[str, Any]) -> str:
     """Number 5: federations of many clients."""
-    columns = ("clients", "values", "until all have joined, s", "a round, s", "peak memory, MB",
-               "above a run of two clients, MB", "growth after round 1, MB")  # fmt: skip
+    columns = ("clients", "processes", "up", "values", "until all have joined, s", "a round, s",
+               "peak memory, MB", "above a run of two clients, MB", "growth after round 1, MB")  # fmt: skip
     rows = [
-        [f"{row['clients']:,}", f"{row['values']:,}", f"{row['joined_seconds']:.1f}",
-         f"{row['round_seconds']:.1f}", f"{row['peak_megabytes']:.0f}",
+        [f"{row['clients']:,}", f"{row['workers']}", row["up"], f"{row['values']:,}",
+         f"{row['joined_seconds']:.1f}", f"{row['round_seconds']:.1f}", f"{row['peak_megabytes']:.0f}",
          f"{row['above_a_run_of_two_megabytes']:.0f}", f"{row['grown_after_round_1_megabytes']:.1f}"]
         for row in found["clients"]
     ]  # fmt: skip
@@ -130,10 +145,17 @@ def aggregation(found: dict[str, Any]) -> str:
          f"{row['grown_megabytes']:.0f}", "-"]
         for row in found["held"]
     ]  # fmt: skip
-    first = ["the sums of `mean` alone", f"{one['replies']:,}", f"{one['seconds']:.2f}", "0",
-             f"{one['share_of_copy']:.2f}"]  # fmt: skip
+    rates = one["gigabytes_per_second"]
+    decoding = rates["decode and mean"]
+    sums = [
+        ["the sums of `mean` alone", f"{one['replies']:,}", f"{one['seconds']:.2f}", "-",
+         f"{one['share_of_copy']:.2f}"],
+        ["fp32 messages decoded and summed", f"{one['replies']:,}",
+         f"{20e-9 * one['entries'] * one['replies'] / decoding:.2f}", "-",
+         f"{decoding / rates['copy']:.2f}"],
+    ]  # fmt: skip
     return _table(
-        ("what", "replies", "s", "memory grown by, MB", "share of the bandwidth of a copy"), [first, *rows]
+        ("what", "replies", "s", "memory grown by, MB", "share of the bandwidth of a copy"), [*sums, *rows]
     )
 
 
@@ -224,7 +246,12 @@ def goals(found: dict[str, Any]) -> str:
         share = found["scale"]["aggregation"]["share_of_copy"]
         most = max(row["clients"] for row in found["scale"]["clients"])
         rows += [
-            ["the mean's share of the memory bandwidth", "at least 0.5", f"{share:.2f}", _met(share >= 0.5)],
+            [
+                "the share of the memory bandwidth, sums of `mean` alone",
+                "at least 0.5",
+                f"{share:.2f}",
+                _met(share >= 0.5),
+            ],
             ["clients on one machine of 2 cores", "10,000", f"{most:,}", _met(most >= 10_000)],
         ]
     rows.append(["a merged model's latency to the original's", "1.00 within noise",
@@ -239,7 +266,7 @@ def _met(met: bool) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     one.__name__: one
     for one in (
-        *(goals, step, precision, memory, overhead, masking, latency),
+        *(goals, step, precision, kernels, memory, overhead, masking, latency),
         *(scale, aggregation, quality, codecs, entropy, message),
     )
 }

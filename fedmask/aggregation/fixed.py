@@ -3,8 +3,8 @@
 Each weighted value is rounded once to a multiple of ``unit``, a power of two chosen before the first update
 from the largest total weight and the largest value that may come; from then on everything is exact. So the
 mean of n updates is off by at most n * unit / (2 * total weight). When all the announced weight has come that
-is below n * largest / 2 ** 62: with changes up to 1e4 and a thousand updates 2.3e-12. A sum in float32 is
-off by far more, and differs from order to order.
+is below n * 1.02 * largest / 2 ** 62: with changes up to 1e4 and a thousand updates 2.2e-12. A sum in float32
+is off by far more, and differs from order to order.
 
 Time is bound by memory: 20 bytes are moved an entry (4 read, 8 read and 8 written). Long vectors are added by
 a compiled loop where numba is installed; NumPy's blocks give the same bits in four times its time.
