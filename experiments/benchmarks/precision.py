@@ -92,7 +92,7 @@ def measure(shape: str, rows: int, tokens: int, density: float, repeats: int) ->
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table, write JSON if asked to."""
     options = parser(__doc__, repeats=7)
-    options.add_argument("--models", nargs="+", choices=list(SHAPES), default=["minilm"])
+    options.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     options.add_argument("--rows", type=int, default=32)
     options.add_argument("--tokens", type=int, default=64)
     options.add_argument("--density", type=float, default=0.005)
