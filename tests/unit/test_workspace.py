@@ -42,6 +42,7 @@ K = round(0.02 * 16384)
         ("random", [("mask", K)]),
         ("random-matched", [("mask", K)]),
         ("largest", [("mask", K)]),
+        ("s2ft", [("mask", K)]),
         ("gradient", [("mask", K)]),
         ("fish", [("mask", K)]),
         ("lt-sft", [("mask", K)]),
@@ -50,6 +51,7 @@ K = round(0.02 * 16384)
         # The embeddings' normalisation; per layer four projections, two normalisations, 64 + 32.
         ("bitfit", [("bias", 32 + 2 * (4 * 32 + 2 * 32 + 64 + 32))]),
         ("lora", [("lora", 2 * 2 * 8 * (32 + 32))]),
+        ("fedex-lora", [("residual", 2 * 2 * 32 * 32), ("lora", 2 * 2 * 8 * (32 + 32))]),
         ("ffa-lora", [("lora", 2 * 2 * 8 * 32)]),
         ("flasc", [("lora", 2 * 2 * 8 * (32 + 32))]),
         ("adapter", [("adapter", 2 * (2 * 4 * 32 + 4 + 32))]),
