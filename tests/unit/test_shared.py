@@ -100,7 +100,8 @@ def test_another_process_pays_for_the_pages_that_it_writes() -> None:
         ours.send(None)
         process.join(30)
         process.close()
-    assert total == sum(float(p.detach().sum()) for p in mine.parameters())
+    # The other process may sum with more threads, in another order.
+    assert total == pytest.approx(sum(float(p.detach().sum()) for p in mine.parameters()), rel=1e-5)
     assert resident >= 5000 and private <= 16
     assert not [name for name in os.listdir("/dev/shm") if "fedmask" in name]
 
