@@ -40,6 +40,7 @@ WAYS = (
     *(("dense-mask", *way) for way in (("fp32", "sdpa"), ("autocast", "sdpa"), ("autocast", "eager"))),
     *(("full", *way) for way in (("fp32", "sdpa"), ("autocast", "eager"))),
     *(("lora", *way) for way in (("fp32", "sdpa"), ("autocast", "eager"), ("bf16", "eager"))),
+    *((name, *way) for name in ("shira", "bitfit") for way in (("fp32", "sdpa"), ("autocast", "eager"))),
 )
 
 
@@ -91,7 +92,7 @@ def measure(shape: str, rows: int, tokens: int, density: float, repeats: int) ->
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table, write JSON if asked to."""
-    options = parser(__doc__, repeats=7)
+    options = parser(__doc__, repeats=5)
     options.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     options.add_argument("--rows", type=int, default=32)
     options.add_argument("--tokens", type=int, default=64)
