@@ -130,7 +130,8 @@ def test_killed_thirty_times_and_still_the_same(make_config: MakeConfig) -> None
     # Every broken round is there with what went down; what came up is what had come.
     broken = assert_aborted_as_sent(folder, whole)
     sent = {(number, client) for number, client, way in broken if way == "down"}
-    assert {(number, client) for number, client, way in broken if way == "up"} < sent
+    # As many as had come: all of them where every kill fell between a last reply and the saved state.
+    assert {(number, client) for number, client, way in broken if way == "up"} <= sent
     assert sent == {(number, client) for number, _client in sent for client in range(4)}
     record = json.loads((folder / "config.json").read_text())
     assert record["resumed"] and all(0 <= one["after_round"] <= 80 for one in record["resumed"])
