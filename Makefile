@@ -49,7 +49,8 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-containers: $(VENV)/.dev
-	FEDMASK_TEST_CONTAINERS=1 $(BIN)/python -m pytest tests/end_to_end/containers
+	FEDMASK_TEST_CONTAINERS=$${FEDMASK_TEST_CONTAINERS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile --durations=6 \
+		tests/end_to_end/containers
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

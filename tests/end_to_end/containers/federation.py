@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import subprocess
 import threading
 import time
@@ -15,6 +16,7 @@ from flwr.app import Error, Message
 
 from fedmask.config import from_dict
 from server.app import RunResult
+from server.journal import JOURNAL
 from tests.apps.grids import TamperedGrid, run_on
 from tests.support import WORDS, save_checkpoint, save_task
 
@@ -189,6 +191,18 @@ class Containers:
         """The inverse of ``hold``."""
         self.docker("exec", container, "sh", "-c", "kill -CONT -1", check=False)
 
+    def limit(self, container: str, size: str) -> None:
+        """Give a container that runs another limit of memory."""
+        self.docker("update", "--memory", size, "--memory-swap", size, container)
+
+    def out_of_memory(self, container: str) -> int:
+        """How many of a container's processes the kernel killed at its limit of memory."""
+        files = "/sys/fs/cgroup/memory.events /sys/fs/cgroup/memory/memory.oom_control"
+        said = self.docker("exec", container, "sh", "-c", f"cat {files} 2>/dev/null", check=False)
+        found = re.search(r"^oom_kill (\d+)$", said, re.MULTILINE)
+        assert found is not None, said
+        return int(found.group(1))
+
     def wait_for_message(self, container: str, kind: str, count: int, seconds: float = 60.0) -> None:
         """Until a client has received so many messages of a kind."""
         text = f"Receiving: {kind} message"
@@ -197,6 +211,16 @@ class Containers:
     def is_healthy(self, container: str) -> bool:
         """What the container's health check says."""
         return self.docker("inspect", "-f", "{{.State.Health.Status}}", container).strip() == "healthy"
+
+    def wait_for_traffic(self, run: str, round: int, client: int, way: str, seconds: float = 60.0) -> None:
+        """Until the server has sent a round's training (``down``), or heard of it (``up``), in an open round."""
+        journal = self.runs / run / JOURNAL
+
+        def noted() -> bool:
+            rows = journal.read_text().splitlines()[1:] if journal.is_file() else []
+            return any(json.loads(row)[:4] == [round, client, way, "train"] for row in rows if row.endswith("]"))
+
+        until(noted, seconds, f"round {round}, client {client}, {way}")
 
     def own_data(self) -> dict[str, str]:
         """The environment by which clients find their own files, for this machine."""

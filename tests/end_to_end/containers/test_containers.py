@@ -1,6 +1,6 @@
-"""The compose file as a user runs it, and clients that are killed, cut off, or do not go on.
+"""The compose file as a user runs it, and clients that are killed, cut off, or do not go on; then all of them.
 
-One run, because each message costs seconds here. It must end in the same vector, and the same messages that
+One run that is broken and resumed, because each message costs seconds here. It must end in the same vector, and the same messages that
 count, as the same run in process over the replies that counted.
 """
 
@@ -45,8 +45,8 @@ def same_as_in_process(containers: Containers, run: str, folder: Path) -> None:
 def test_clients_fail_and_the_run_ends_as_it_would_have_without_them(
     containers: Containers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--min-replies", "1", "--round-deadline", str(DEADLINE)]
-    run = containers.start_run(*SETTINGS, *options)
+    options = [*SETTINGS, "--min-replies", "1", "--round-deadline", str(DEADLINE)]
+    run = containers.start_run(*options)
     run.wait_for(f"round 1 of {ROUNDS}, 4 of 4 replies")
     held = {seat: containers.client_of(seat, "faults") for seat in range(CLIENTS)}
     assert len(set(held.values())) == CLIENTS  # each partition claimed once
@@ -56,20 +56,37 @@ def test_clients_fail_and_the_run_ends_as_it_would_have_without_them(
     containers.hold(held[2])
     containers.wait_for_message(held[0], "train", 2)
     containers.crash(held[0])
-    run.wait_for(f"round 2 of {ROUNDS}, 1 of 4 replies", DEADLINE + 30)
 
-    # Round 3: they are healed, and come back when Flower lets them. Nobody has to for the run to end well.
-    containers.heal(held[1], "client")
+    # As soon as the last one has answered, all are off the network: round 3 has nobody, and the run fails.
+    containers.wait_for_traffic("faults", 2, 3, "up")
+    for client in (3, 2, 0):
+        containers.cut(held[client])
+    run.wait_for(f"round 2 of {ROUNDS}, 1 of 4 replies", DEADLINE + 30)
     containers.go_on(held[2])
-    assert run.end(DEADLINE * 4) == 0, run.lines[-20:]
+    assert run.end(DEADLINE * 4) == 1, run.lines[-20:]
+    assert any("expected at least 1 usable replies" in line for line in run.lines), run.lines[-20:]
+
+    # They are healed, and come back when Flower lets them. In round 3 client 2 has too little memory to train.
+    for client in range(CLIENTS):
+        containers.heal(held[client], "client")
+    until(partial(containers.is_healthy, held[0]), 150, "the killed client, started again")
+    run = containers.start_run(*options, "--resume")
+    containers.wait_for_traffic("faults", 3, 2, "down", 240)
+    containers.limit(held[2], "250m")
+    assert run.end(DEADLINE * 6) == 0, run.lines[-20:]
+    assert containers.out_of_memory(held[2]) > 0
+    containers.limit(held[2], "1g")
     assert any("Report: /runs/faults/report.md" in line for line in run.lines)
 
     rounds = containers.rows("faults", "rounds")
     assert rounds[2]["replied"] == [3]
     assert {one["client"] for one in rounds[2]["rejected"]} == {0, 1, 2}
-    assert 3 in rounds[3]["replied"]
+    assert rounds[3]["replied"] == [0, 1, 3]  # the killed one, and those that were cut off
+    assert {one["client"] for one in rounds[3]["rejected"]} == {2}
+    assert [one["after_round"] for one in containers.record("faults")["resumed"]] == [2]
+    broken = [row for row in containers.rows("faults", "ledger") if row["status"] == "aborted"]
+    assert {(row["round"], row["direction"]) for row in broken} == {(3, "down")}
     assert (containers.runs / "faults" / "report.md").is_file()
-    until(partial(containers.is_healthy, held[0]), 150, "the killed client, started again")
     assert containers.client_of(0, "faults") == held[0]  # with the partition that it had
     for name, value in containers.own_data().items():
         monkeypatch.setenv(name, value)
