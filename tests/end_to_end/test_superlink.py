@@ -143,15 +143,18 @@ def test_a_superlink_gives_the_same_bits_and_bytes_and_tells_the_truth(
     assert remote.summary is not None
     assert remote.summary["vector_sha256"] == here.summary["vector_sha256"]
     check_bytes(remote, Ledger.read_jsonl(here.folder / "ledger.jsonl"), wire)
-    # What clients keep between messages (received vector, residuals) lives in Flower's context alone there.
+    # What clients keep between messages (received vectors, residuals, own masks) lives in Flower's context.
+    # (One mask for all, with the same codecs: containers/test_processes.py.)
     settings = config.model_dump(mode="json") | {
         "up": "int4+ef", "down": "int4+delta", "rounds": 2, "precision": "fp32", "overlap_batches": 0,
+        "method": "fish", "placement": "client", "scores": {"samples": 24, "batches": 1, "steps": 2},
     }  # fmt: skip
-    remote = run_superlink(from_dict(settings | {"name": "coarse"}))
-    with InProcessGrid(from_dict(settings | {"name": "fine"})) as grid:
+    remote = run_superlink(from_dict(settings | {"name": "own"}))
+    with InProcessGrid(from_dict(settings | {"name": "own-here"})) as grid:
         here = run_on(grid, engine="superlink", client_evaluation=True)
     assert remote.summary is not None
     assert remote.summary["vector_sha256"] == here.summary["vector_sha256"]
+    assert remote.summary["bytes"] == here.summary["bytes"]
     # flwr run itself ends with exit code 0 for this one.
     broken = config.model_copy(update={"name": "broken", "model": str(superlink.home / "nothing")})
     with pytest.raises(FederationError, match=r"run \d+ ended as finished:failed: ConfigError: .*nothing"):

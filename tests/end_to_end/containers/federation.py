@@ -213,12 +213,13 @@ class Containers:
         return self.docker("inspect", "-f", "{{.State.Health.Status}}", container).strip() == "healthy"
 
     def wait_for_traffic(self, run: str, round: int, client: int, way: str, seconds: float = 60.0) -> None:
-        """Until the server has sent a round's training (``down``), or heard of it (``up``), in an open round."""
+        """Until the server has sent a client its training in an open round (``down``), or heard it (``up``)."""
         journal = self.runs / run / JOURNAL
 
         def noted() -> bool:
             rows = journal.read_text().splitlines()[1:] if journal.is_file() else []
-            return any(json.loads(row)[:4] == [round, client, way, "train"] for row in rows if row.endswith("]"))
+            whole = [json.loads(row) for row in rows if row.endswith("]")]
+            return any(row[:4] == [round, client, way, "train"] for row in whole)
 
         until(noted, seconds, f"round {round}, client {client}, {way}")
 

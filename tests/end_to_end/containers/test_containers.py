@@ -1,7 +1,7 @@
-"""The compose file as a user runs it, and clients that are killed, cut off, or do not go on; then all of them.
+"""The compose file as a user runs it, and clients that are killed, cut off, or do not go on; at last all.
 
-One run that is broken and resumed, because each message costs seconds here. It must end in the same vector, and the same messages that
-count, as the same run in process over the replies that counted.
+One run, broken and resumed, because each message costs seconds here. It must end in the same vector, and the
+same messages that count, as the same run in process over the replies that counted.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_clients_fail_and_the_run_ends_as_it_would_have_without_them(
     assert run.end(DEADLINE * 4) == 1, run.lines[-20:]
     assert any("expected at least 1 usable replies" in line for line in run.lines), run.lines[-20:]
 
-    # They are healed, and come back when Flower lets them. In round 3 client 2 has too little memory to train.
+    # They are healed and come back when Flower lets them. In round 3 client 2 has too little memory to train.
     for client in range(CLIENTS):
         containers.heal(held[client], "client")
     until(partial(containers.is_healthy, held[0]), 150, "the killed client, started again")

@@ -1,6 +1,6 @@
-"""A server app that is killed on a real SuperLink: processes of this machine, no containers.
+"""On a real SuperLink, as processes of this machine: a mask that moves, and a server app that is killed.
 
-It takes a minute, so it runs with the other slow tests (``make test-containers``).
+They take a minute, so they run with the other slow tests (``make test-containers``).
 """
 
 from __future__ import annotations
@@ -82,6 +82,22 @@ def test_a_server_app_killed_three_times_goes_on_through_the_superlink(site: Sit
     assert {one for one in broken if one[0] < 3} == {
         (1, 0, "down"), (1, 1, "down"), (2, 0, "down"), (2, 1, "down"), (2, 0, "up"),
     }  # fmt: skip
+
+
+@pytest.mark.timeout(600)
+def test_a_mask_that_moves_gives_the_same_bits_through_a_superlink(site: Site, tmp_path: Path) -> None:
+    """Each message is a new process there, which must know the union that it tunes, and what it was sent."""
+    config = remote_config(tmp_path).model_copy(
+        update={"name": "moves", "mask_schedule": "rotate", "up": "int8", "down": "int8+delta",
+                "rounds": 3, "precision": "fp32", "overlap_batches": 0, "eval_rows": 20}
+    )  # fmt: skip
+    remote = run_superlink(config, "here")
+    with InProcessGrid(config.model_copy(update={"name": "moves-here"})) as grid:
+        here = run_on(grid, engine="superlink", client_evaluation=True)
+    assert remote.summary is not None
+    assert remote.summary["vector_sha256"] == here.summary["vector_sha256"]
+    assert remote.summary["bytes"] == here.summary["bytes"]
+    assert timeless(read_rows(remote.folder, "rounds")) == timeless(read_rows(here.folder, "rounds"))
 
 
 def _started(config: Path, *, resume: bool) -> subprocess.Popen[bytes]:
