@@ -213,7 +213,7 @@ class Containers:
         return self.docker("inspect", "-f", "{{.State.Health.Status}}", container).strip() == "healthy"
 
     def wait_for_traffic(self, run: str, round: int, client: int, way: str, seconds: float = 60.0) -> None:
-        """Until the server has sent a client its training in an open round (``down``), or heard it (``up``)."""
+        """Until the server has sent a client its training in an open round, or heard it: ``down``, ``up``."""
         journal = self.runs / run / JOURNAL
 
         def noted() -> bool:
