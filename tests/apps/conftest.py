@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``model``, ``mood.tsv`` (2 classes) and ``topic.tsv`` (3 classes)."""
     folder = tmp_path_factory.mktemp("tiny")
     return save_two_tasks(folder)
+
+
+@pytest.fixture
+def server_s_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's clock goes on only while it sleeps because no reply is there.
+
+    So a client is late because its grid holds it back, never because the machine is busy.
+    """
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr("server.exchange.time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
 
 
 @pytest.fixture

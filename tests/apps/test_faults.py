@@ -267,6 +267,7 @@ class SlowGrid(InProcessGrid):
         return out
 
 
+@pytest.mark.usefixtures("server_s_clock")
 def test_a_straggler_s_late_reply_is_counted_named_and_not_used(make_config: MakeConfig) -> None:
     config = make_config(clients=(3, 1), rounds=4, server={"timeout": 1.0})
     result = run_on(SlowGrid(config, lambda round: round > ROUND))
@@ -286,6 +287,7 @@ def test_a_straggler_s_late_reply_is_counted_named_and_not_used(make_config: Mak
     assert_mean_of_what_counted(result, config)
 
 
+@pytest.mark.usefixtures("server_s_clock")
 def test_a_reply_that_comes_much_too_late_is_forgotten(make_config: MakeConfig) -> None:
     config = make_config(clients=(3, 1), rounds=6, server={"timeout": 1.0})
     result = run_on(SlowGrid(config, lambda round: round == 6))

@@ -281,6 +281,7 @@ def test_second_reply_is_rejected_and_the_first_counts(make_config: MakeConfig) 
     assert rows[1]["replied"] == [0, 1, 2, 3]
 
 
+@pytest.mark.usefixtures("server_s_clock")
 def test_silent_client_is_a_failed_reply(make_config: MakeConfig) -> None:
     config = make_config(clients=(3, 1), server={"timeout": 1.0})
     result = run_on(
