@@ -80,7 +80,8 @@ def test_a_link_that_is_gone_stops_nobody(tmp_path: Path) -> None:
 
 def test_it_goes_on_while_the_process_lives_but_not_for_ever() -> None:
     said: list[int] = []
-    early.beat_while(lambda: len(said) < 3, lambda: said.append(1), pause=0.001)
+    # So long that the process is never stopped for all of a pause, and looks at ``alive`` in each.
+    early.beat_while(lambda: len(said) < 3, lambda: said.append(1), pause=0.2)
     assert len(said) == 3
     early.beat_while(lambda: True, lambda: said.append(1), pause=0.001)
     assert 3 < len(said) < 50
