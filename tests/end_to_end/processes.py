@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -17,10 +18,16 @@ SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """A port of the loopback that nobody listens on.
+
+    Below those that Linux gives to connections (from 32768 on) and above Ray's: whoever asked binds it some
+    seconds later, and it is not to be taken by then.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_768), 50):
+        with contextlib.suppress(OSError), socket.socket() as found:
+            found.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("expected a free port from 20000 to 32767, found none in 50 tries")
 
 
 def start(home: Path, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
@@ -64,7 +71,7 @@ def members(home: Path) -> list[int]:
     return found
 
 
-def none_left(home: Path, seconds: float = 20.0) -> None:
+def none_left(home: Path, seconds: float = 60.0) -> None:
     """AssertionError if some are still there after that time."""
     deadline = time.monotonic() + seconds
     while members(home) and time.monotonic() < deadline:
@@ -73,8 +80,8 @@ def none_left(home: Path, seconds: float = 20.0) -> None:
 
 
 def wait_for_health(port: int) -> None:
-    """Until a SuperLink answers; AssertionError after a minute."""
-    deadline = time.monotonic() + 60
+    """Until a SuperLink answers; AssertionError after three minutes."""
+    deadline = time.monotonic() + 180
     while True:
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
