@@ -35,7 +35,7 @@ RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
     else pip install --no-compile --no-deps --index-url "$TORCH_INDEX" "$torch"; fi && \
     cd /venv/lib/python3*/site-packages/torch && rm -rf include test share lib/*_test.so && \
     find bin -type f ! -name torch_shm_manager -delete
-# Left out: uv, Flower's installer of packages at run time, which nothing here may do; what the packages of the
+# Left out: pip, and uv, Flower's installer of packages at run time, which nothing here may do; what the packages of the
 # demo's model and texts require for code of theirs that is never run; Arrow's network clients; tests.
 # Bytecode is written of what a federation imports: the file system is read-only later.
 COPY experiments/imports.py /src/
@@ -48,7 +48,8 @@ RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
     rm -rf pyarrow/include pyarrow/src pyarrow/*arrow_flight* pyarrow/*arrow_python_flight* pyarrow/_flight.* \
     pyarrow/libarrow_s3* pyarrow/_s3fs.* && \
     find . -type d \( -name tests -o -name test \) ! -path './torch/*' ! -path './numba/*' -prune -exec rm -rf {} + && \
-    echo /code > fedmask.pth && HOME=/tmp /venv/bin/python /src/imports.py && rm -rf /build /tmp/* /root/.cache
+    echo /code > fedmask.pth && HOME=/tmp /venv/bin/python /src/imports.py && rm -rf /build /tmp/* /root/.cache \
+    /usr/local/bin/pip* /usr/local/lib/python3*/ensurepip /usr/local/lib/python3*/site-packages/pip*
 # Nobody is called out to, nothing is installed at run time, one thread a process unless the run says otherwise.
 ENV PATH=/code/clients/bin:/code/bin:/venv/bin:$PATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 HOME=/tmp \
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 \

@@ -39,8 +39,7 @@ def containers(engine: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
     """A federation of four clients, freshly built and started as a user would; gone afterwards."""
     made = Containers(engine, tmp_path_factory.mktemp("containers"))
     try:
-        made.compose("build", "client", minutes=12)
-        made.compose("up", "-d", minutes=5)
+        made.compose("up", "--build", "-d", minutes=15)
         yield made
     except BaseException:
         print(made.compose("logs", "--tail", "40", check=False)[-8000:])
