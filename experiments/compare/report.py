@@ -73,7 +73,9 @@ def _setting(study: Study) -> str:
         " *best*: at the round with the best validation score; *against*: the paired difference with its 95 %"
         " interval. Payload: values, masks and indices; all clients, both directions.\n"
     )
-    return words + (f"\nGrids narrower than a factor of 30: {study.narrow}\n" if study.narrow else "")
+    reasons = [study.narrow, *(f"{one.name}: {one.narrow}" for one in study.variants if one.narrow)]
+    narrow = "; ".join(filter(None, reasons))
+    return words + (f"\nGrids narrower than a factor of 30: {narrow}\n" if narrow else "")
 
 
 def _write(path: Path, text: str) -> None:

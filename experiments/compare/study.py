@@ -99,7 +99,8 @@ class Variant(Settings):
     """One way to tune: a method, the settings in which it differs, and its learning rates.
 
     ``lr``: tried on the first seed; ``tune``: the setting that they are for; ``follow``: further settings
-    that are a fixed multiple of it. ``settings``: dotted keys of a run's settings.
+    that are a fixed multiple of it. ``settings``: dotted keys of a run's settings. ``narrow``: why this
+    variant's grid may span less than a factor of 30.
     """
 
     name: VariantName
@@ -109,6 +110,7 @@ class Variant(Settings):
     follow: dict[str, Real] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
     budget: Budget | None = None
+    narrow: str = ""
 
     @field_validator("lr")
     @classmethod
@@ -137,9 +139,9 @@ class Variant(Settings):
 class Study(Settings):
     """A whole study. ``select``: the round whose validation score chooses the learning rate.
 
-    ``narrow``: why the grids may span less than a factor of 30. ``reference``: the variant against whose
-    size and bytes the tables call others equal; ``full``: the one whose quality is the goal of "bytes to
-    95 %".
+    ``narrow``: why all grids may span less than a factor of 30; a variant can say it for its own alone.
+    ``reference``: the variant against whose size and bytes the tables call others equal; ``full``: the one
+    whose quality is the goal of "bytes to 95 %".
     """
 
     name: Name
@@ -180,10 +182,10 @@ class Study(Settings):
 
     def _check_grid(self, variant: Variant) -> None:
         span = variant.lr[-1] / variant.lr[0]
-        if span < LEAST_SPAN * (1 - 1e-9) and not self.narrow:
+        if span < LEAST_SPAN * (1 - 1e-9) and not (variant.narrow or self.narrow):
             raise ConfigError(
                 f"variant {variant.name!r}: lr: expected a grid at least {LEAST_SPAN:g} times wide, found"
-                f" {span:.3g} times; widen it, or say under 'narrow' why the study does without"
+                f" {span:.3g} times; widen it, or say under the variant's 'narrow' why it does without"
             )
 
     def _check_like(self, variant: Variant, names: list[str]) -> None:

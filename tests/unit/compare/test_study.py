@@ -69,6 +69,14 @@ def test_a_narrow_grid_is_allowed_only_with_its_reason() -> None:
     assert study_from(narrow).variants[0].lr == (1e-3,)
 
 
+def test_a_reason_for_one_variant_s_narrow_grid_is_no_reason_for_the_others() -> None:
+    narrow = {"name": "one", "method": "pafi", "lr": [1e-3], "narrow": "it is dear"}
+    assert study_from(values(variants=[narrow])).variants[0].narrow
+    other = {"name": "other", "method": "random", "lr": [1e-3]}
+    with pytest.raises(ConfigError, match=r"variant 'other': lr: expected a grid at least 30 times wide"):
+        study_from(values(variants=[narrow, other]))
+
+
 def test_a_variant_s_settings_are_the_run_s_with_its_own_changes() -> None:
     study = study_from(
         values(
