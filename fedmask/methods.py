@@ -21,7 +21,8 @@ Dense = Literal["full", "bitfit", "lora", "ffa-lora", "fedex-lora", "adapter"]
 @dataclass(frozen=True)
 class Method:
     """``mask``: the rule's name or None. ``biases``: how feed-forward biases train. ``dense``: what else
-    trains without a mask. ``up``, ``down``: how values travel unless the settings say it. Heads always train.
+    trains without a mask. ``up``, ``down``: how values travel unless the settings say it. ``by_weight``: a
+    ``down`` of ``topk`` sends the largest weights, not the largest changes. Heads always train.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Method:
     dense: Dense | None = None
     up: str = "fp32"
     down: str = "fp32"
+    by_weight: bool = False
 
 
 _PAPER = "Liao, Meng, Monz, ACL 2023, arXiv 2305.16742"
@@ -53,7 +55,7 @@ _ALL = (
         "after S2FT, arXiv 2412.06289",
         "random-channels",
     ),
-    Method("largest", "largest-magnitude mask (control)", "arXiv 2305.16742, ablation", "largest"),
+    Method("largest", "largest-magnitude mask (control)", "this project", "largest"),
     Method("full", "full fine-tuning of the backbone", "FedAvg, arXiv 1602.05629", dense="full"),
     Method("bitfit", "all biases of the backbone", "BitFit, arXiv 2106.10199", dense="bitfit"),
     Method("lora", "low-rank factors beside query and value", "LoRA, arXiv 2106.09685", dense="lora"),
@@ -66,7 +68,8 @@ _ALL = (
         dense="fedex-lora",
         down="fp32+delta",
     ),
-    # Without error feedback both ways, as in the paper's code; the head's values take part in the choice.
+    # As in the paper's code: no error feedback, the largest weights down (zeros for the others), the largest
+    # changes up, and the head takes part in both choices.
     Method(
         "flasc",
         "LoRA, of which the largest quarter travels",
@@ -74,6 +77,7 @@ _ALL = (
         dense="lora",
         up="topk:0.25/fp32+noef",
         down="topk:0.25/fp32+noef",
+        by_weight=True,
     ),
     Method("adapter", "bottleneck adapters after the feed-forward part", "arXiv 1902.00751", dense="adapter"),
     Method("head", "the task head alone", "linear probing"),

@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from fedmask import config as configuration
-from fedmask.channel import Terms
+from fedmask.channel import Terms, down_way
 from fedmask.config import RunConfig, ScoreConfig
 from fedmask.errors import ConfigError, unknown
 from fedmask.kernels import available_kernels
@@ -54,6 +54,7 @@ class Workspace(RunMasks):
         self._models: dict[str, MeanHead | OwnHead] = {}
         self._trained: dict[str, str] = {}  # the digest of the mask that a task's model trains now
         self._bare: dict[str, Layout] = {}  # layouts without any view's entries
+        self._origins: dict[str, np.ndarray] = {}
         self._precision: Precision | None = None if config.precision == "auto" else config.precision
         self._kernel: str | None = None
 
@@ -212,7 +213,33 @@ class Workspace(RunMasks):
 
     def down_terms(self, client: int, version: int) -> Terms:
         """What the values mean that the server sends ``client`` as version ``version``."""
-        return Terms(travelling(self.layout(self.task_of(client)), self.config.server.sharing), self.digest)
+        task = self.task_of(client)
+        layout = travelling(self.layout(task), self.config.server.sharing)
+        return Terms(layout, self.digest, origin=self._origin(task, layout.size))
+
+    def _origin(self, task: str, size: int) -> np.ndarray | None:
+        """The first ``size`` weights at the start of the run, where the largest weights are sent down."""
+        way = down_way(self.config.down)
+        if not METHODS[self.config.method].by_weight or way.change or way.codec.name != "topk":
+            return None
+        if task not in self._origins:
+            parts = tuning_of(self.model(task)).trainables
+            self._origins[task] = np.concatenate([part.origin().numpy() for part in parts])
+        return self._origins[task][:size]
+
+    def as_received(self, task: str, vector: np.ndarray) -> np.ndarray:
+        """What a client of ``task`` makes of ``vector``, float32 ``[n]``, where the largest weights go down.
+
+        Otherwise ``vector`` itself, also where a codec rounds it. It is scored and exported, as FLASC's
+        authors do: its factors are trained together with the zeros.
+        """
+        origin = self._origin(task, vector.size)
+        if origin is None:
+            return vector
+        codec = down_way(self.config.down).codec
+        sent_values, _ = codec.encode(vector + origin, None, None)
+        found: np.ndarray = codec.decode(memoryview(sent_values), vector.size) - origin
+        return found
 
     @cached_property
     def products(self) -> Products | None:
@@ -232,7 +259,7 @@ class Workspace(RunMasks):
     def up_terms(self, client: int, round: int) -> Terms:
         """What the values mean that ``client`` sends in round ``round``."""
         whole = self.down_terms(client, round)
-        return replace(whole, layout=sent(whole.layout))
+        return replace(whole, layout=sent(whole.layout), origin=None)
 
     def stream_of(self, client: int) -> str:
         """Which of the server's vectors the client receives: clients of one stream get the same bytes."""

@@ -88,6 +88,11 @@ def whole_frame(
 ) -> bytes:
     """A whole vector, float32 [n], as ``codec`` carries it; ``generator`` draws stochastic rounding."""
     envelope, _ = encode_update(
-        vector, terms.layout, codec=codec, digest=terms.digest, round=version, generator=generator
+        terms.shown(vector),
+        terms.layout,
+        codec=codec,
+        digest=terms.digest,
+        round=version,
+        generator=generator,
     )
     return write_frame(version, WHOLE, 0, (envelope,))

@@ -43,7 +43,8 @@ def receive(
     if frame.version != version:
         raise StaleRound(f"frame: expected version {version}, found {frame.version}")
     if frame.base == WHOLE:
-        return Received(version, _read(frame.envelopes[0], whole or terms(version), version))
+        meant = whole or terms(version)
+        return Received(version, meant.counted(_read(frame.envelopes[0], meant, version)))
     if not frame.base <= held.version <= version:
         raise Behind(held.version, f"frame: expected to hold version {frame.base}, found {held.version}")
     vector = held.vector

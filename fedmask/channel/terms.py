@@ -60,12 +60,23 @@ class Terms:
     """The segments of a message's values and the digest of the mask (64 hex digits) that they live on.
 
     The down-link's and the up-link's may differ, by client and by round. ``step``: what a change makes of
-    the vector; None: it keeps its entries, and each of them has a value that is added.
+    the vector; None: it keeps its entries, and each of them has a value that is added. ``origin`` (float32
+    ``[n]``): the weights from which a vector that is sent whole counts, where those are what its codec is to
+    see (FLASC); None: it sees the vector.
     """
 
     layout: Layout
     digest: str
     step: Step | None = None
+    origin: Vector | None = None
+
+    def shown(self, vector: Vector) -> Vector:
+        """What the codec sees of a vector that is sent whole: float32 ``[n]``."""
+        return vector if self.origin is None else vector + self.origin
+
+    def counted(self, values: Vector) -> Vector:
+        """The vector (float32 ``[n]``) that such values stand for."""
+        return values if self.origin is None else values - self.origin
 
     def grown(self, vector: Vector) -> Vector:
         """See ``Step``: float32."""

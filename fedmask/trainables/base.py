@@ -88,6 +88,13 @@ class Trainable(nn.Module, ABC):
     def change(self) -> torch.Tensor:
         """What has changed from the reference, adapters folded: float32 ``[size]``, no gradient."""
 
+    def origin(self) -> torch.Tensor:
+        """What is added to ``change`` where weights are to be ranked (FLASC), float32 ``[size]``.
+
+        By default nothing: entries of a large tensor are ranked by how far they have moved.
+        """
+        return torch.zeros(self.size)
+
     @abstractmethod
     def effective(self, slot: int, tensor: torch.Tensor) -> torch.Tensor:
         """What the slot's module sees instead of ``tensor`` (of its shape), differentiable in ``values``."""

@@ -34,6 +34,10 @@ class DenseTensors(Trainable):
     def change(self) -> torch.Tensor:
         return self.values.detach().clone()
 
+    def origin(self) -> torch.Tensor:
+        tensors = {slot.name: slot.tensor.detach() for slot in self.slots}
+        return torch.cat([tensors[name].float().flatten() for name in self.names])
+
     def effective(self, slot: int, tensor: torch.Tensor) -> torch.Tensor:
         name = self.slots[slot].name
         at = self._order[name]

@@ -26,3 +26,6 @@ class Drawn(Trainable):
 
     def change(self) -> torch.Tensor:
         return self.values.detach() - self._start
+
+    def origin(self) -> torch.Tensor:
+        return self._start

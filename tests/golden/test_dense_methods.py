@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from fedmask.channel import down_way, up_codec
+from fedmask.channel import Received, Terms, down_way, receive, up_codec, whole_frame
 from fedmask.config import RunConfig, TaskConfig, TrainConfig
 from fedmask.errors import ConfigError
+from fedmask.layout import Layout, Segment
+from fedmask.methods import METHODS, backbone_trainables
 from fedmask.space import backbone_of
 from fedmask.tasks import Tokenized
 from fedmask.trainables import Bottlenecks, DenseTensors, LoRA, Trainable, WholeTensors, biases
@@ -64,6 +67,10 @@ class Draws:
         return np.array([0.2, 0.1])
 
 
+def of(method: str, **changes: Any) -> RunConfig:
+    return RunConfig(tasks=(TaskConfig(name="bbc", clients=1),), method=method, **changes)
+
+
 def lora(model: nn.Module, *, freeze_down: bool = False) -> LoRA:
     return LoRA(model, draws, rank=1, alpha=2.0, targets="linear", freeze_down=freeze_down)
 
@@ -88,6 +95,19 @@ def test_bitfit_moves_the_bias_alone() -> None:
     assert biases(model) == ["block.0.bias"]
     trainable = DenseTensors("bias", backbone_of(model), biases(model))
     assert step(model, trainable, [0, 0]) == pytest.approx([-0.5, -1.0])
+
+
+def test_ffn_bias_moves_the_feed_forward_bias_alone() -> None:
+    # Two layers that start as the identity, the first one named as attention is: its bias stays. The vector
+    # is the second one's: received (0.2, -0.1), so b = (0.5, 0) + (0.2, -0.1) = (0.7, -0.1).
+    # x = (1, 2) + (0.5, 0) = (1.5, 2); y = x + b = (2.2, 1.9); prediction 2.2 + 3.8 = 6, off by 3, d = 6;
+    # d / d b = 6 (1, 2) = (6, 12); the change is -0.1 times that. No adapter, so no other step size.
+    model = Four()
+    model.base_model.attention = copy.deepcopy(model.base_model.block)
+    model.base_model.forward = lambda x: model.base_model.block[0](model.base_model.attention[0](x))  # type: ignore[method-assign]
+    (trainable,) = backbone_trainables(METHODS["ffn-bias"], model, None, of("ffn-bias"))
+    assert (trainable.segment, list(trainable.names)) == ("bias", ["block.0.bias"])
+    assert step(model, trainable, [0.2, -0.1]) == pytest.approx([-0.6, -1.2])
 
 
 def test_full_moves_every_weight() -> None:
@@ -150,26 +170,43 @@ def test_an_adapter_from_its_drawn_start() -> None:
         merge(model)
 
 
-def test_flasc_sends_the_largest_down_and_up() -> None:
-    """Down: the largest of the server's values, zeros else. Up: the largest of what training changed."""
-    config = RunConfig(tasks=(TaskConfig(name="bbc", clients=1),), method="flasc")
-    assert (config.up, config.down) == ("topk:0.25/fp32+noef", "topk:0.25/fp32+noef")
-    server = np.array([0.5, -0.1, 0.2, -0.9, 0.0, 0.3, 0.05, 0.4], np.float32)
-    down = down_way(config.down).codec
-    received = down.decode(memoryview(down.encode(server, None, None)[0]), 8)
-    assert received.tolist() == [0.5, 0, 0, np.float32(-0.9), 0, 0, 0, 0]
-    change = np.array([0.01, -0.3, 0.02, 0.1, 0.4, -0.02, 0.0, 0.05], np.float32)
-    up = up_codec(config.up)
+def test_flasc_sends_the_largest_weights_down_and_the_largest_changes_up() -> None:
+    # The server holds A = (0.2, 0.12), B = (0.1, 0.05): of A, whose start is (0.2, 0.1), little has changed.
+    # Half of it goes down, by weight: A whole, and B = (0, 0). By change it would have been B.
+    # The client's step: A x = 0.44; d / d B = 2 * 0.44 (5, 10) = (4.4, 8.8), d / d A = 0, as above.
+    # A quarter goes up, by change: -0.88 for the second value of B.
+    model = Four()
+    factors = lora(model)
+    terms = Terms(Layout((Segment("lora", 4),)), "ab" * 32, origin=factors.origin().numpy())
+    server = np.array([0.0, 0.02, 0.1, 0.05], np.float32)
+    frame = whole_frame(server, 1, terms, down_way("topk:0.5/fp32+noef").codec)
+    received = receive(frame, Received(0, np.zeros(4, np.float32)), 1, lambda _: terms).vector
+    assert received.tolist() == pytest.approx([0, 0.02, 0, 0], abs=1e-7)
+    change = np.array(step(model, factors, received.tolist()), np.float32)
+    assert change.tolist() == pytest.approx([0, 0, -0.44, -0.88], abs=1e-6)
+    up = up_codec("topk:0.25/fp32+noef")
     sent, carried = up.encode(change, None, None)
-    assert up.decode(memoryview(sent), 8).tolist() == [0, np.float32(-0.3), 0, 0, np.float32(0.4), 0, 0, 0]
+    assert up.decode(memoryview(sent), 4).tolist() == pytest.approx([0, 0, 0, -0.88], abs=1e-6)
     assert carried is None  # what is left out is lost
-    given = RunConfig(tasks=config.tasks, method="flasc", up="topk:0.1/fp32+noef")
+
+    # What is not sent of A is 0 for the client, not A's start: here B goes down, and A comes as (0, 0).
+    server = np.array([-0.1, -0.05, 0.3, 0.4], np.float32)  # A = (0.1, 0.05)
+    frame = whole_frame(server, 1, terms, down_way("topk:0.5/fp32+noef").codec)
+    received = receive(frame, Received(0, np.zeros(4, np.float32)), 1, lambda _: terms).vector
+    with tuned(model, received, Stream(1, 1, 0)):
+        down, up_factor = factors.factors(0)
+        assert not down.any() and up_factor.flatten().tolist() == pytest.approx([0.3, 0.4])
+
+
+def test_flasc_sends_a_quarter_unless_told() -> None:
+    config, given = of("flasc"), of("flasc", up="topk:0.1/fp32+noef")
+    assert (config.up, config.down) == ("topk:0.25/fp32+noef", "topk:0.25/fp32+noef")
     assert (given.up, given.down) == ("topk:0.1/fp32+noef", config.down)
-    assert RunConfig(tasks=config.tasks, method="lora").up == "fp32"
+    assert of("lora").up == "fp32"
 
 
-def test_published_numbers_of_parameters() -> None:
-    """On the shapes of real models, without their values."""
+def test_numbers_of_parameters_in_the_papers_setups() -> None:
+    """On the shapes of real models, without their values. A figure that a paper prints is named as such."""
     import transformers as t
 
     with torch.device("meta"):
@@ -179,19 +216,35 @@ def test_published_numbers_of_parameters() -> None:
                 hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
             )
         )
-        gpt2 = t.AutoModel.from_config(t.GPT2Config())
-        # LoRA, table 2: 0.3 M on RoBERTa-base, which is rank 8 on query and value: 24 x 8 x 1536.
+        # Printed: 0.3 M on RoBERTa-base (LoRA, table 2), which is rank 8 on query and value: 24 x 8 x 1536.
+        assert round(LoRA(roberta, draws_of_shape, rank=8).size / 1e6, 1) == 0.3
         assert LoRA(roberta, draws_of_shape, rank=8).size == 294_912
-        # FFA-LoRA trains half of that.
+        # By the rule: FFA-LoRA trains half of that.
         assert LoRA(roberta, draws_of_shape, rank=8, freeze_down=True).size == 294_912 // 2
-        # FLASC's code on GPT-2: rank 16 on c_attn, c_proj and c_fc: 12 x 16 x (3072 + 1536 + 3840 + 3840).
-        assert LoRA(gpt2, draws_of_shape, rank=16, targets="c_attn+c_proj+c_fc").size == 2_359_296
-        # Houlsby's table 1 counts two adapters a layer and normalisations on BERT-large; one of size 64 is
-        # 24 x (2 x 64 x 1024 + 64 + 1024), Pfeiffer's choice.
+        # By the rule: one adapter of size 64 a block of BERT-large, Pfeiffer's choice.
         assert Bottlenecks(large, draws_of_shape, bottleneck=64).size == 24 * (2 * 64 * 1024 + 64 + 1024)
-        # BitFit: 0.1 % of RoBERTa-base.
+        # Printed: 0.1 M for BitFit on RoBERTa-base (LoRA, table 2).
         sizes = dict(backbone_of(roberta).named_parameters())
         assert sum(sizes[name].numel() for name in biases(roberta)) == 102_144
+
+
+def test_flasc_s_own_setups_by_its_rule() -> None:
+    """No figure is printed in FLASC's paper or code (imkevinkuo/flasc) that could be found: its code prints
+    what it trains when it starts. These are its models.py's choices: rank 16, and the head besides.
+    """
+    import transformers as t
+
+    with torch.device("meta"):
+        vit = t.ViTModel(t.ViTConfig(), add_pooling_layer=False)
+        gpt2 = t.AutoModelForSequenceClassification.from_config(t.GPT2Config(num_labels=20))
+    with torch.device("meta"):
+        # CIFAR-10: query and value of ViT-B/16, 12 x 2 x 16 x (768 + 768), and a head of ten classes.
+        factors = LoRA(vit, draws_of_shape, rank=16).size
+        assert factors == 589_824 and factors + 768 * 10 + 10 == 597_514
+        # 20 newsgroups: c_attn, c_proj (of attention and feed-forward) and c_fc of GPT-2, and 20 classes.
+        factors = LoRA(gpt2, draws_of_shape, rank=16, targets="c_attn+c_proj+c_fc").size
+        assert factors == 12 * 16 * ((768 + 2304) + (768 + 768) + (768 + 3072) + (3072 + 768))
+        assert factors + sum(p.numel() for p in gpt2.score.parameters()) == 2_374_656
 
 
 def draws_of_shape(purpose: str) -> Any:
