@@ -14,7 +14,8 @@ from fedmask.masks.base import mask_size
 from fedmask.space import backbone_parameters
 
 LT_SFT_ENTRIES = {"xlm-roberta-base": 14_155_776, "bert-base-multilingual-cased": 7_667_712}
-"""k of LT-SFT's released masks (cambridgeltl/composable-sft), by model."""
+"""k of LT-SFT's released masks, by model: ``--ft_params_num`` in cambridgeltl/composable-sft's
+examples/text-classification/train_nli.sh and examples/language-modeling/train_mlm.sh."""
 
 _CLASSIFIERS = ("classifier", "score")
 """How transformers names what stands behind the pooler; a pooler itself may be masked by FISH."""

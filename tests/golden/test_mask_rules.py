@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from fedmask.config import ScoreConfig
 from fedmask.errors import ConfigError
 from fedmask.masks import Evidence, Rule, Scores, agree_by_scores, agree_by_votes, pack_top_scores, pack_votes
 from fedmask.masks import score_entries as score
+from fedmask.rng import rng_for
 from fedmask.space import ParameterSpace, parameter_space
 from tests.golden.test_six_parameters import ONE, PLAN, Six
 
@@ -79,6 +81,68 @@ def test_the_smallest_weights_in_ten_lines_of_numpy() -> None:
     k = round(0.005 * weights.size)
     wanted = np.sort(np.argsort(weights, kind="stable")[:k])
     assert np.array_equal(magnitude_mask(model, 0.005).indices, wanted)
+
+
+def test_random_entries_in_ten_lines_of_numpy() -> None:
+    """k of the entries that may be chosen, by one draw: all of two kinds of tensors but the padding row."""
+    from fedmask.masks import derive_mask
+    from tests.support import make_model
+
+    state = {n: p.detach().numpy() for n, p in make_model("bert").named_parameters()}
+    tables = [n for n in state if n.endswith("embeddings.weight")]
+    linear = [n for n in state if ".layer." in n and n.endswith("weight") and state[n].ndim == 2]
+    assert len(tables) == 3 and tables[0] == next(iter(state))  # the words' table comes first
+    for eligible, names, padding in (("linear", linear, 0), ("linear+embeddings", tables + linear, 32)):
+        numbers = np.arange(padding, sum(state[n].size for n in names))
+        stream = rng_for(5, -1, -1, "mask")
+        wanted = numbers[stream.choice(numbers.size, round(0.03 * numbers.size), False, shuffle=False)]
+        found = derive_mask(make_model("bert"), Rule("random", 0.03, eligible, seed=5))  # type: ignore[arg-type]
+        assert np.array_equal(found.indices, np.sort(wanted))
+
+
+def test_random_entries_with_pafi_s_counts_in_ten_lines_of_numpy() -> None:
+    """As many of each tensor as are among the k smallest of all, by a draw each from one stream."""
+    from fedmask.masks import derive_mask
+    from tests.support import make_model
+
+    state = {n: p.detach().numpy() for n, p in make_model("bert").named_parameters()}
+    linear = [w.ravel() for n, w in state.items() if ".layer." in n and n.endswith("weight") and w.ndim == 2]
+    linear[3] = linear[3] / 4  # a tensor of small weights holds more of them
+    weights = np.abs(np.concatenate(linear))
+    smallest = np.argsort(weights, kind="stable")[: round(0.02 * weights.size)]
+    stream, wanted, start = rng_for(5, -1, -1, "mask"), [], 0
+    for tensor in linear:
+        count = int(((smallest >= start) & (smallest < start + tensor.size)).sum())
+        wanted += sorted(start + stream.choice(tensor.size, count, False, shuffle=False))
+        start += tensor.size
+    model = make_model("bert")
+    with torch.no_grad():
+        model.encoder.layer[0].attention.output.dense.weight /= 4
+    found = derive_mask(model, Rule("random-matched", 0.02, seed=5))
+    counts = [part.size for part in found.per_tensor().values()]
+    assert counts[3] == max(counts) > 2 * counts[2]
+    assert found.indices.tolist() == wanted
+
+
+def test_whole_channels_in_ten_lines_of_numpy() -> None:
+    """112 entries a block: 3 inputs of the last feed-forward matrix [32, 64] and the half of a fourth."""
+    from fedmask.masks import derive_mask
+    from tests.support import make_model
+
+    model = make_model("bert")
+    shapes = {n: p.shape for n, p in model.named_parameters() if ".layer." in n and n.endswith("weight")}
+    shapes = {n: shape for n, shape in shapes.items() if len(shape) == 2}
+    stream, chosen = rng_for(5, -1, -1, "mask"), []
+    for name, shape in shapes.items():
+        part = np.zeros(shape, bool)
+        if name.endswith(".output.dense.weight") and "attention" not in name:
+            inputs = stream.permutation(64)
+            part[:, inputs[:3]] = True
+            part[:16, inputs[3]] = True
+        chosen.append(part.ravel())
+    wanted = np.flatnonzero(np.concatenate(chosen))
+    found = derive_mask(model, Rule("random-channels", 224 / sum(map(np.size, chosen)), seed=5))
+    assert np.array_equal(found.indices, wanted) and wanted.size == 224
 
 
 @pytest.mark.parametrize(

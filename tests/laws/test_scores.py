@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedmask.config import ScoreConfig, TrainConfig
+from fedmask.config import ScoreConfig, TrainConfig, from_dict
 from fedmask.errors import CheckpointError, ConfigError, DataError, FedmaskError
+from fedmask.layout import Segment
 from fedmask.masks import (
     Evidence,
     Rule,
@@ -471,25 +473,38 @@ def test_fish_charges_the_head_to_its_budget() -> None:
         fish_entries(base, 0.001)
 
 
-def test_lt_sft_masks_have_the_published_sizes() -> None:
+def test_lt_sft_runs_on_the_published_models_have_the_published_sizes(tmp_path: Path) -> None:
+    """Printed as ``--ft_params_num`` in cambridgeltl/composable-sft: train_nli.sh on XLM-R, train_mlm.sh on
+    mBERT (its MODELS.md says "~7.6M"). Their scripts freeze LayerNorm, and choose among all else.
+    """
     from transformers import AutoModel, BertConfig, XLMRobertaConfig
 
+    from fedmask.shapes import read_shapes
+
+    printed = {"xlm-roberta-base": 14_155_776, "bert-base-multilingual-cased": 7_667_712}
+    assert printed == LT_SFT_ENTRIES
     layers = 12 * (4 * (768 * 768 + 768) + 2 * 768 * 3072 + 3840)  # beside their two LayerNorms
-    eligible = {  # vocabulary, positions and token types
-        "xlm-roberta-base": (250002 + 514 + 1) * 768 + layers,
-        "bert-base-multilingual-cased": (119547 + 512 + 2) * 768 + layers,
-    }
-    with torch.device("meta"):
-        models = {
-            "xlm-roberta-base": AutoModel.from_config(
-                XLMRobertaConfig(vocab_size=250002, max_position_embeddings=514, type_vocab_size=1)
-            ),
-            "bert-base-multilingual-cased": AutoModel.from_config(BertConfig(vocab_size=119547)),
-        }
-    assert LT_SFT_ENTRIES == {"xlm-roberta-base": 14_155_776, "bert-base-multilingual-cased": 7_667_712}
-    for name, model in models.items():
-        size = lt_sft_eligible(model)
-        assert size == eligible[name]
-        assert mask_size(density_of(LT_SFT_ENTRIES[name], size), size) == LT_SFT_ENTRIES[name]
+    norms = (2 * 12 + 1) * 2 * 768
+    xlmr = XLMRobertaConfig(vocab_size=250002, max_position_embeddings=514, type_vocab_size=1)
+    for config, tables in ((xlmr, 250002 + 514 + 1), (BertConfig(vocab_size=119547), 119547 + 512 + 2)):
+        name = "xlm-roberta-base" if config is xlmr else "bert-base-multilingual-cased"
+        with torch.device("meta"):
+            size = lt_sft_eligible(AutoModel.from_config(config))
+        assert size == tables * 768 + layers
+        # A run over all tensors ranks LayerNorms too, but no padding rows (XLM-R's positions have one).
+        config.save_pretrained(str(tmp_path / name))
+        ranked = size + norms - 768 * (2 if config is xlmr else 1)
+        run = from_dict(
+            {
+                "model": str(tmp_path / name),
+                "method": "lt-sft",
+                "eligible": "all",
+                "density": density_of(printed[name], ranked),
+                "tasks": [{"name": "bbc", "clients": 1}],
+            }
+        )
+        shapes = read_shapes(run)
+        assert shapes.space is not None and shapes.space.eligible_size == ranked
+        assert shapes.shared == (Segment("mask", printed[name]),)
     with pytest.raises(ConfigError, match="mask of 9 entries: expected 1 to 8"):
         density_of(9, 8)
