@@ -11,7 +11,7 @@ from fedmask.ledger import LedgerRow
 # The ways that fedmask.costs knows, in the order and the words of the tables.
 WAYS = {
     "shared-mask": "one mask from the checkpoint",
-    "agreed-mask": "one agreed task-specific mask",
+    "agreed-mask": "one agreed task mask, by votes",
     "client-masks": "a mask per client, with union",
     "lora": "LoRA, r = 8 on query and value",
     "full": "full fine-tuning",

@@ -13,7 +13,8 @@ The same rules for every way, so that they compare:
 ``shared-mask``   the mask is a function of the checkpoint (PaFi, arXiv 2305.16742): a recipe, once a client.
 ``agreed-mask``   one task-specific mask (such as FISH, arXiv 2111.09839, or LT-SFT, arXiv 2110.07560) of the
                   same k on which all clients agree: each client sends its own choice once and receives the
-                  agreed one once, at its first round; then values alone.
+                  agreed one once, at its first round; then values alone. By votes: where scores are sent
+                  with the choice (``agree_by = "scores"``) a client sends 2 bytes an entry more, once.
 ``client-masks``  a mask of the same k for each client, fixed: up its k values every round and its indices
                   once; down the values of the union of the masks of all who took part before, and the
                   union's indices whenever it grew since this client last received it. What it received
@@ -269,7 +270,8 @@ def _shared_mask(facts: RunFacts) -> Cost:
 def _agreed_mask(facts: RunFacts) -> Cost:
     index = _mask_bytes(facts)
     hidden = (
-        "passes over local data to score the weights, the scores' memory, telling the server about the data"
+        "passes over local data to score the weights, the scores' memory, scores that are sent with the votes"
+        " (2 bytes an entry, once), telling the server about the data"
     )
     return _once("agreed-mask", facts, index, index, hidden, facts.k)
 

@@ -124,7 +124,7 @@ def test_tables_name_rounds_quality_bytes_and_report(fedmask: Run, tiny: Path, t
         "mood",
         "topic",
         "full fine-tuning",
-        "agreed task-specific",
+        "agreed task mask, by votes",
         "a mask per client",
         "Report: ",
     ):

@@ -240,7 +240,7 @@ def test_bytes_beside_the_formula_and_other_ways(run_folder: Path) -> None:
     text = render(read_run(run_folder))
     assert "| down | 3.6 kB | 3.6 kB | 11.1 kB |" in text  # 600 + 3048, and 9 messages
     assert "5.0 kB from the SuperNodes, 7.0 kB to them" in text
-    agreed = next(line for line in text.splitlines() if line.startswith("| one agreed task-specific mask"))
+    agreed = next(line for line in text.splitlines() if line.startswith("| one agreed task mask, by votes"))
     # 678 of 6,774 bytes; 600 indices of 8 and of 16 bytes instead of 678 bytes
     assert agreed.endswith("| 6.8 kB | 1.01 | 10.0% | 10.9 kB (44%) | 15.7 kB (61%) |")
 
