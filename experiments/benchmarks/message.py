@@ -2,8 +2,8 @@
 ``python -m experiments.benchmarks.message``.
 
 A fresh process does what a SuperNode's client process does for one training message of the demo's first
-client, and reports the seconds of each part; medians over the repeats. Flower's own part (starting the
-process, fetching and handing over the message, its polling) is in none of them.
+client, and reports the seconds of each part; medians over the repeats. Before that, one message's whole way
+from the server app and back, through a real SuperLink and SuperNode (see ``linked``), and the processes' memory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from experiments.benchmarks import linked
 from experiments.benchmarks.measuring import write
 
 PARTS = """
@@ -87,13 +88,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result as JSON")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        way = linked.measure(Path(folder) / "linked", given.repeats)
         seconds = {"without": measure(given.repeats, ""), "with": measure(given.repeats, folder)}
     print(f"{'':28} {'nothing kept':>14} {'rows kept':>12}")
     for part, value in seconds["without"].items():
         print(f"{part:28} {value:12.2f} s {seconds['with'][part]:10.2f} s")
+    print("\nThe way of a message through a SuperLink")
+    for part, value in way["seconds"].items():
+        print(f"{part:44} {value:10.2f} s")
+    print("\nPeak memory")
+    for program, value in way["memory"].items():
+        print(f"{program:44} {value:9.0f} MB")
     if given.json:
         torch.set_num_threads(1)  # as in the processes that measured
-        write(given.json, settings={"repeats": given.repeats}, seconds=seconds)
+        write(given.json, settings={"repeats": given.repeats}, seconds=seconds, linked=way)
 
 
 if __name__ == "__main__":

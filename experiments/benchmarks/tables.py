@@ -211,7 +211,19 @@ def message(found: dict[str, Any]) -> str:
     """What a message costs where each one starts a process."""
     without, kept = found["seconds"]["without"], found["seconds"]["with"]
     rows = [[part, f"{value:.2f}", f"{kept[part]:.2f}"] for part, value in without.items()]
-    return _table(("part", "nothing kept, s", "rows kept, s"), rows)
+    parts = _table(("part", "nothing kept, s", "rows kept, s"), rows)
+    way = found.get("linked")  # results of earlier versions have none
+    if way is None:
+        return parts
+    seconds = [[part, f"{value:.2f}"] for part, value in way["seconds"].items()]
+    memory = [[f"`{program}`", f"{value:.0f}"] for program, value in way["memory"].items()]
+    return "\n".join(
+        (
+            parts,
+            _table(("the way through a SuperLink, rows kept", "s"), seconds),
+            _table(("process", "peak memory, MB"), memory),
+        )
+    )
 
 
 def goals(found: dict[str, Any]) -> str:
