@@ -2,8 +2,10 @@
 
 ``make`` writes three folders: ``public`` (the certificate of the CA, the public keys), ``link`` (certificate
 and key of the SuperLink, and the secret that it shares with its SuperExec) and ``nodes`` (the nodes' private
-keys). What is there already is kept; a certificate that ends within a month is made anew. The CA's key is
-never written: a new certificate comes with a new CA. ``register`` tells the SuperLink the public keys.
+keys). What is there already is kept; a certificate that ends within a month, or lacks one of the hosts, is
+made anew. The CA's key is never written, so a new certificate comes with a new CA. Earlier CAs stay in the
+CA's file until they end: a SuperLink that is up shows its old certificate until it is started again.
+``register`` tells the SuperLink the public keys.
 
 For a try on one machine. Between sites each site makes its own key, and only the public half travels.
 """
@@ -36,7 +38,7 @@ def make(public: Path, link: Path, nodes: Path, *, keys: int, hosts: Sequence[st
     SuperLink."""
     for folder in (public / "nodes", link, nodes):
         folder.mkdir(parents=True, exist_ok=True)
-    if not _sound(public / "ca.crt") or not _sound(link / "server.crt"):
+    if not _sound(public / "ca.crt") or not _sound(link / "server.crt", hosts):
         _make_certificates(public, link, hosts)
     if not (link / "superexec.secret").exists():
         _write(link / "superexec.secret", secrets.token_hex(32).encode())
@@ -103,9 +105,11 @@ def _make_certificates(public: Path, link: Path, hosts: Sequence[str]) -> None:
         .add_extension(issuer_id, critical=False)
         .sign(authority, hashes.SHA384())
     )
+    # The CA first: whoever is killed here, or reads meanwhile, trusts the old certificate and the new one.
+    trusted = [root, *_not_ended(public / "ca.crt")]
+    _write(public / "ca.crt", b"".join(one.public_bytes(_PEM) for one in trusted), mode=0o644)
     _write(link / "server.key", _private(server, serialization.PrivateFormat.PKCS8))
     _write(link / "server.crt", leaf.public_bytes(_PEM), mode=0o644)
-    _write(public / "ca.crt", root.public_bytes(_PEM), mode=0o644)
 
 
 def _certificate(
@@ -130,12 +134,25 @@ def _host(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _sound(path: Path) -> bool:
+def _sound(path: Path, hosts: Sequence[str] = ()) -> bool:
     try:
-        ends = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
-    except (OSError, ValueError):
+        found = x509.load_pem_x509_certificate(path.read_bytes())
+        if hosts:
+            names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+            if not {_host(host) for host in hosts} <= set(names):
+                return False
+    except (OSError, ValueError, x509.ExtensionNotFound):
         return False
-    return ends > datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=_RENEW_DAYS)
+    ends = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=_RENEW_DAYS)
+    return found.not_valid_after_utc > ends
+
+
+def _not_ended(path: Path) -> list[x509.Certificate]:
+    try:
+        found = x509.load_pem_x509_certificates(path.read_bytes())
+    except (OSError, ValueError):
+        return []
+    return [one for one in found if one.not_valid_after_utc > datetime.datetime.now(datetime.UTC)]
 
 
 def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
@@ -157,13 +174,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for folder in ("public", "link", "nodes"):
         parser.add_argument(f"--{folder}", type=Path, default=Path("/keys") / folder)
     parser.add_argument(
-        "--clients", type=int, default=4, help=f"keys for so many nodes, or for {_LEAST_KEYS}"
+        "--clients", type=int, default=4, help=f"keys for so many nodes, or for {_LEAST_KEYS}; 0: none"
     )
     parser.add_argument("--hosts", nargs="+", default=["superlink", "localhost", "127.0.0.1"])
     parser.add_argument("--superlink", default="superlink:8000", help="HOST:PORT")
     given = parser.parse_args(arguments)
     if given.verb == "make":
-        keys = max(given.clients, _LEAST_KEYS)
+        keys = max(given.clients, _LEAST_KEYS) if given.clients else 0
         make(given.public, given.link, given.nodes, keys=keys, hosts=given.hosts)
         print(f"{given.public}: the CA's certificate and {keys} public keys", file=sys.stderr)
     else:

@@ -46,7 +46,7 @@ def clock_client(note: Callable[..., None]) -> None:
     """Note the parts of a message's way through a client app's process, once its reply is pushed."""
     from flwr.clientapp import ClientApp
 
-    own = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+    own: Any = importlib.import_module("flwr.supernode.runtime.run_clientapp")
     marks: dict[str, Any] = {"began": began(), "entered": time.time()}
 
     def pulled(found: tuple[Any, ...]) -> None:

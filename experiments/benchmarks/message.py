@@ -3,7 +3,7 @@
 
 A fresh process does what a SuperNode's client process does for one training message of the demo's first
 client, and reports the seconds of each part; medians over the repeats. Before that, one message's whole way
-from the server app and back, through a real SuperLink and SuperNode (see ``linked``), and the processes' memory.
+from the server app and back, through a real SuperLink and SuperNode (see ``linked``), and their peak memory.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
+from argparse import ArgumentParser
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,23 @@ import yaml
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 PAGE = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
-MANIFESTS: list[dict[str, Any]] = [
+DOCUMENTS: list[dict[str, Any]] = [
     found
     for block in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.M | re.S)
     for found in yaml.safe_load_all(block)
 ]
+MANIFESTS = [found for found in DOCUMENTS if "kind" in found]
+(OVERRIDE,) = (found for found in DOCUMENTS if "kind" not in found)  # for docker-compose.override.yml
+WITH_PODS = [found for found in MANIFESTS if "template" in found["spec"]]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 # Modules and programs that a container may start.
 PROGRAMS = {"flower-superlink", "flower-superexec", "flower-supernode", "fedmask", "sh"}
+# Where Flower reads the options of its programs.
+PARSERS = {
+    "flower-superlink": ("flwr.superlink.cli.flower_superlink", "_parse_args_run_superlink"),
+    "flower-superexec": ("flwr.supercore.cli.flower_superexec", "_parse_args"),
+    "flower-supernode": ("flwr.supernode.cli.flower_supernode", "_parse_args_run_supernode"),
+}
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -27,8 +39,7 @@ def commands() -> list[tuple[str, list[str]]]:
     found.append(("run", COMPOSE["services"]["run"]["entrypoint"]))
     return found + [
         (manifest["metadata"]["name"], container["command"])
-        for manifest in MANIFESTS
-        if manifest["kind"] != "Service"
+        for manifest in WITH_PODS
         for container in manifest["spec"]["template"]["spec"]["containers"]
     ]
 
@@ -43,6 +54,35 @@ def test_what_containers_start_is_there(name: str, command: list[str]) -> None:
     else:
         assert program in PROGRAMS
     assert "--insecure" not in " ".join(command)  # TLS everywhere
+
+
+def of_flower() -> list[list[str]]:
+    """Calls of Flower's long-running programs, in both files and on the pages."""
+    lines = [shlex.join(command) if command[0] != "sh" else command[-1] for _, command in commands()]
+    for page in ("deployment.md", "engines.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S):
+            lines += block.replace("\\\n", " ").splitlines()
+    found = []
+    for line in lines:
+        words = [word for word in shlex.split(line, comments=True) if word not in ("exec", "&")]
+        if words[:3] == ["python", "-m", "clients.node"]:
+            words = ["flower-supernode", *words[3:]]
+        if words and words[0] in PARSERS:
+            found.append(words)
+    return found
+
+
+def test_flower_knows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    calls = of_flower()
+    assert {words[0] for words in calls} == set(PARSERS) and len(calls) >= 12
+    for program, *options in calls:
+        module, name = PARSERS[program]
+        parser: ArgumentParser = getattr(import_module(module), name)()
+        try:
+            parser.parse_args(options)
+        except SystemExit:
+            pytest.fail(f"{program} {shlex.join(options)}: {capsys.readouterr().err}")
 
 
 @pytest.mark.parametrize("name", COMPOSE["services"])
@@ -97,27 +137,69 @@ def test_build_arguments_are_the_dockerfile_s() -> None:
     assert DOCKERFILE.rstrip().splitlines()[-3].startswith("USER 1000")
 
 
-@pytest.mark.parametrize(
-    "manifest", MANIFESTS, ids=lambda found: f"{found['kind']}-{found['metadata']['name']}"
-)
+def test_what_publishes_the_port_does_so_for_this_machine_alone() -> None:
+    """Who reaches the port controls the federation, so that is for a proxy on the same machine."""
+    assert OVERRIDE == {"services": {"superlink": {"ports": ["127.0.0.1:8000:8000"]}}}
+    assert not any("ports" in service for service in COMPOSE["services"].values())
+    command = COMPOSE["services"]["superlink"]["command"]
+    assert command[command.index("--port") + 1] == "8000"
+
+
+def named(found: dict[str, Any]) -> str:
+    return f"{found['kind']}-{found['metadata']['name']}"
+
+
+@pytest.mark.parametrize("manifest", WITH_PODS, ids=named)
 def test_manifests_are_whole_and_confined(manifest: dict[str, Any]) -> None:
     assert {"apiVersion", "kind", "metadata", "spec"} == set(manifest)
-    if manifest["kind"] == "Service":
-        return
-    if manifest["kind"] == "StatefulSet":
-        labels = manifest["spec"]["template"]["metadata"]["labels"]
-        assert manifest["spec"]["selector"]["matchLabels"] == labels
-    spec = manifest["spec"]["template"]["spec"]
+    name, template = manifest["metadata"]["name"], manifest["spec"]["template"]
+    assert template["metadata"]["labels"] == {"app": name}  # which the network's policy goes by
+    spec = template["spec"]
     assert spec["securityContext"]["runAsNonRoot"] is True
     volumes = {volume["name"] for volume in spec["volumes"]}
     volumes |= {claim["metadata"]["name"] for claim in manifest["spec"].get("volumeClaimTemplates", [])}
     for container in spec["containers"]:
-        assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
-        if manifest["kind"] == "StatefulSet":
-            assert container["securityContext"]["readOnlyRootFilesystem"] is True
-            assert container["resources"]["limits"]["memory"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+        assert container["securityContext"] == {
+            "readOnlyRootFilesystem": True,
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        for kind in ("requests", "limits"):
+            assert set(container["resources"][kind]) == {"memory", "cpu"}
+    if manifest["kind"] == "Job":
+        assert spec["restartPolicy"] in ("Never", "OnFailure")
+        return
+    assert manifest["spec"]["selector"]["matchLabels"] == {"app": name}
+    (service,) = (
+        found for found in MANIFESTS if named(found) == f"Service-{manifest['spec']['serviceName']}"
+    )
+    assert service["spec"]["selector"] == {"app": name}
+    (container,) = spec["containers"]
+    probe = container["livenessProbe"]
+    assert probe["timeoutSeconds"] >= 5  # Kubernetes waits one second
+    if "exec" in probe:  # the container's own check in the compose file, on its own loopback
+        assert probe["exec"]["command"] == COMPOSE["services"][name]["healthcheck"]["test"][1:]
+    else:
+        assert probe["httpGet"]["port"] == container["ports"][0]["containerPort"]
+
+
+def test_the_network_lets_all_parts_to_the_superlink_and_nobody_else() -> None:
+    (policy,) = (found for found in MANIFESTS if found["kind"] == "NetworkPolicy")
+    assert policy["spec"]["podSelector"]["matchLabels"] == {"app": "superlink"}
+    (rule,) = policy["spec"]["ingress"]
+    (said,) = rule["from"][0]["podSelector"]["matchExpressions"]
+    assert set(said["values"]) == {found["metadata"]["name"] for found in WITH_PODS} - {"superlink"}
+
+
+def test_clients_agree_with_their_keys_and_the_run() -> None:
+    by_name = {found["metadata"]["name"]: found["spec"] for found in WITH_PODS}
+    clients = str(by_name["client"]["replicas"])
+    command = by_name["run"]["template"]["spec"]["containers"][0]["command"]
+    assert command[command.index("--clients") + 1] == clients
+    assert f"make --clients {clients} --hosts superlink " in PAGE
 
 
 def test_there_is_a_manifest_for_each_part() -> None:
-    names = {manifest["metadata"]["name"] for manifest in MANIFESTS}
-    assert names == {"superlink", "register", "server", "client"}
+    names = {manifest["metadata"]["name"] for manifest in WITH_PODS}
+    assert names == {"superlink", "register", "server", "client", "run"}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from experiments.benchmarks import __main__ as everything
-from experiments.benchmarks import latency, memory, precision, step
+from experiments.benchmarks import latency, linked, memory, precision, step, tables
 from experiments.benchmarks.measuring import _others_seconds, in_turns, ratios
 from experiments.competitors import CONTENDERS
 
@@ -127,14 +127,37 @@ def test_one_command_runs_the_named_ones(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_every_benchmark_is_in_the_command() -> None:
     folder = Path(everything.__file__).parent
-    helpers = {"__init__", "__main__", "backbones", "measuring", "small", "tables"}
+    helpers = {"__init__", "__main__", "backbones", "clocked", "linked", "measuring", "small", "tables"}
     alone = {"codec_quality"}  # with options and results of their own
     assert {path.stem for path in folder.glob("*.py")} - helpers - alone == set(everything.NAMES)
 
 
-def test_the_pages_show_the_published_results() -> None:
-    from experiments.benchmarks import tables
+def test_a_message_s_way_is_taken_apart_without_a_rest() -> None:
+    """Notes come in the order of their processes' writing; messages are counted in the order of sending."""
+    join = {"kind": "query.join", "message": "j", "began": 0.5, "entered": 1.0, "pulled": 1.0, "loaded": 1.0,
+            "worked": 1.0, "pushed": 1.5}  # fmt: skip
+    second = {"kind": "train", "message": "b", "began": 23.0, "entered": 24.0, "pulled": 24.5, "loaded": 25.0,
+              "worked": 29.0, "pushed": 29.25}  # fmt: skip
+    first = {name: value if isinstance(value, str) else value - 10 for name, value in second.items()}
+    notes = [{"sent": ["j"], "at": 0.0}, join, {"got": "j", "at": 2.0}, {"peak": 50.0},
+             {**second, "message": "b"}, {"sent": ["b"], "at": 20.0}, {**first, "message": "a"},
+             {"got": "b", "at": 32.0}, {"sent": ["a"], "at": 10.0}, {"got": "a", "at": 24.0}]  # fmt: skip
+    one, two = linked.parts_of(notes)
+    assert list(one.values()) == [3.0, 1.0, 0.5, 0.5, 4.0, 0.25, 4.75, 14.0]
+    assert list(two.values()) == [3.0, 1.0, 0.5, 0.5, 4.0, 0.25, 2.75, 12.0]
+    assert list(one)[:-1] == list(linked.PARTS)
 
+
+def test_results_without_a_message_s_way_are_shown_too() -> None:
+    seconds = {"without": {"all": 8.0}, "with": {"all": 6.0}}
+    old = tables.message({"seconds": seconds})
+    assert "| all | 8.00 | 6.00 |" in old and "memory" not in old
+    way = {"seconds": {"pull": 0.25}, "memory": {"flower-superlink": 111.4}}
+    new = tables.message({"seconds": seconds, "linked": way})
+    assert new.startswith(old) and "| pull | 0.25 |" in new and "| `flower-superlink` | 111 |" in new
+
+
+def test_the_pages_show_the_published_results() -> None:
     text = ""
     for page in tables.PAGES:
         own = page.read_text(encoding="utf-8")

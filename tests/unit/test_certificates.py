@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import http.server
 import os
@@ -82,6 +83,43 @@ def test_what_is_there_is_kept_and_what_ends_soon_is_made_anew(
     make(*folders, keys=4, hosts=["superlink"])
     assert contents()[str(link / "server.crt")] != before[str(link / "server.crt")]
     assert (nodes / "0").read_bytes() == first  # a node keeps its key
+
+
+def test_an_old_certificate_is_trusted_until_it_ends(
+    folders: tuple[Path, Path, Path], served: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A SuperLink shows it until it is started again, while health checks and new runs read the new file."""
+    public, link, _ = folders
+    old = (public / "ca.crt").read_bytes()
+    make(*folders, keys=3, hosts=["superlink", "hub.example.org"])  # a host more
+    assert (public / "ca.crt").read_bytes().endswith(old) and (public / "ca.crt").read_bytes() != old
+    assert healthy(f"https://localhost:{served}/health", str(public / "ca.crt"))
+    with pytest.raises(ssl.SSLError):  # and the new one by the new CA alone
+        _shake_hands(link, old.decode(), "hub.example.org")
+    _shake_hands(link, (public / "ca.crt").read_text(), "hub.example.org")
+    monkeypatch.setattr(certificates, "_RENEW_DAYS", 400)
+    (link / "server.crt").unlink()  # killed after the CA's file was written
+    make(*folders, keys=3, hosts=["superlink"])
+    assert healthy(f"https://localhost:{served}/health", str(public / "ca.crt"))
+    monkeypatch.setattr(certificates, "_DAYS", 0)
+    (public / "ca.crt").write_bytes(old)
+    make(*folders, keys=3, hosts=["superlink"])
+    make(*folders, keys=3, hosts=["superlink"])  # what has ended goes
+    assert (public / "ca.crt").read_bytes().count(b"BEGIN") == 2
+
+
+def _shake_hands(link: Path, authority: str, host: str) -> None:
+    """TLS in memory, with the SuperLink's files; ssl.SSLError where they are not trusted."""
+    client_side, server_side = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(link / "server.crt", link / "server.key")
+    serving = server.wrap_bio(client_side, server_side, server_side=True)
+    client = ssl.create_default_context(cadata=authority)
+    asking = client.wrap_bio(server_side, client_side, server_hostname=host)
+    for one in (asking, serving, asking):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            one.do_handshake()
+    assert asking.getpeercert()
 
 
 def test_private_files_are_private_and_public_halves_fit(folders: tuple[Path, Path, Path]) -> None:
