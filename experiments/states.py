@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from experiments.wire import Parcel, is_whole
 from server.observer import Silent
 
 FOLDER, OBJECTS = "clients", "objects"
+_OBJECT = re.compile("[0-9a-f]{64}")  # what Flower calls an object
 
 
 class States:
@@ -66,6 +68,9 @@ class States:
         for path in sorted(folder.glob("*.json")):
             try:
                 said = json.loads(path.read_text(encoding="utf-8"))
+                # The page may be another's (a copied run): a name in it must not lead out of the folder.
+                if not all(map(_OBJECT.fullmatch, said["objects"])):
+                    continue
                 objects = {name: _whole(folder / OBJECTS / name) for name in said["objects"]}
                 self.put(int(path.stem), Parcel(said["root"], objects))
             except (OSError, ValueError, KeyError, TypeError):

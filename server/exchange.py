@@ -11,12 +11,14 @@ import fedmask._env  # noqa: F401  (before flwr is imported)
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedmask.flower import content_payload_bytes, message_bytes
+from fedmask.flower import content_payload_bytes, held_bytes, message_bytes
 from fedmask.ledger import Direction, Kind, Ledger, LedgerRow
 
 Status = Literal["ok", "rejected", "failed"]
 
 SURPLUS = "not needed: the round had its replies"
+SMALL = 1 << 20
+"""No sound reply without values has more bytes."""
 Late = dict[str, tuple["Request", int]]
 """Messages of earlier rounds that nobody waits for any more, by their ids, with their rounds."""
 
@@ -49,12 +51,17 @@ class Answer:
     status: Status = "failed"
     message_id: str = ""  # of a message that is still out: its answer may come in a later round
 
-    def fail(self, status: Status, reason: str) -> None:
-        """Mark the answer as one that does not count, and why."""
-        self.status, self.reason, self.reply = status, " ".join(reason.split())[:300], None
+    def fail(self, status: Status, reason: str, most: int = 300) -> None:
+        """Mark the answer as one that does not count, and why: in one line, of ``most`` characters."""
+        self.status, self.reason, self.reply = status, " ".join(reason.split())[:most], None
 
 
 Note = Callable[[Direction, Iterable[Answer]], None]
+
+
+def most_bytes(values: int) -> int:
+    """What no sound reply with ``values`` values or indices exceeds: no codec takes 8 bytes for one."""
+    return SMALL + 8 * values
 
 
 def no_note(way: Direction, answers: Iterable[Answer]) -> None:
@@ -68,6 +75,7 @@ def exchange(
     timeout: float,
     arrived: Callable[[Answer], None] | None = None,
     *,
+    most: int = SMALL,
     enough: Callable[[], bool] = lambda: False,
     late: Late | None = None,
     note: Note = no_note,
@@ -78,7 +86,8 @@ def exchange(
     back as failed; nothing here raises for what a client does. ``arrived`` is called once a request. A
     second reply to one message is a rejected answer of its own, after all others; so is a reply to one of
     the ``late`` messages, which is taken out of them. No more is waited for once ``enough()``. ``note`` is
-    told of all messages before they are sent, and of each reply as it comes, after ``arrived``.
+    told of all messages before they are sent, and of each reply as it comes, after ``arrived``. A reply of
+    more than ``most`` bytes is rejected before anything copies it.
     """
     asked = list(requests)
     messages = [
@@ -106,7 +115,7 @@ def exchange(
                 arrived(answer)
     del messages
     late = {} if late is None else late
-    doubles = _collect(grid, waiting, time.monotonic() + timeout, arrived, enough, late, note)
+    doubles = _collect(grid, waiting, time.monotonic() + timeout, arrived, most, enough, late, note)
     reason = SURPLUS if enough() else f"no answer within {timeout:g} s"
     for name, answer in waiting.items():
         answer.fail("failed", reason)
@@ -121,6 +130,7 @@ def _collect(
     waiting: dict[str, Answer],
     deadline: float,
     arrived: Callable[[Answer], None] | None,
+    most: int,
     enough: Callable[[], bool],
     late: Late,
     note: Note,
@@ -137,8 +147,7 @@ def _collect(
         replies = list(grid.pull_messages(waiting.keys() | late.keys() if late else waiting.keys()))
         for reply in replies:
             name = reply.metadata.reply_to_message_id
-            payload = content_payload_bytes(reply.content) if reply.has_content() else 0
-            size = (payload, message_bytes([reply])[0])
+            size, too_large = _weighed(reply, most)
             if name in answered:
                 first = answered[name]
                 doubles.append(Answer(first.request, first.client, None, size))
@@ -158,6 +167,8 @@ def _collect(
             answer.up = size
             if reply.has_error():
                 answer.fail("failed", reply.error.reason or f"error {reply.error.code}")
+            elif too_large:
+                answer.fail("rejected", f"expected a reply of at most {most} bytes, found {size[1]}")
             else:
                 answer.reply, answer.status = reply, "ok"
             if arrived:
@@ -169,6 +180,19 @@ def _collect(
             now = time.monotonic()
             time.sleep(max(0.0, min(looked + pause, deadline) - now))
     return doubles
+
+
+def _weighed(reply: Message, most: int) -> tuple[tuple[int, int], bool]:
+    """Payload and whole bytes of a reply, and whether these are too many.
+
+    Of one that is too large all counts as no payload, and as it lies in memory: to measure it is to copy it.
+    """
+    if not reply.has_content():
+        return (0, message_bytes([reply])[0]), False
+    held = held_bytes(reply.content)
+    if held > most:
+        return (0, held), True
+    return (content_payload_bytes(reply.content), message_bytes([reply])[0]), False
 
 
 def enter(ledger: Ledger, round: int, kind: Kind, answers: Iterable[Answer]) -> None:

@@ -37,6 +37,7 @@ from server.seats import claimed, numbered_first, seat_offers, told_offers, whom
 
 # A node that comes back answers soon or not at all: the others wait for it.
 REJOIN_SECONDS = 120.0
+_LISTS = 4000  # characters of a refusal with the task's labels and the client's, which can be many
 log = logging.getLogger("flwr")
 
 
@@ -224,8 +225,8 @@ def _seat(workspace: Workspace, answers: list[Answer], roster: Roster) -> tuple[
             continue
         answer.client = said.partition
         if said.status == "unable":
-            answer.fail("rejected", said.reason)
-            roster.failed.append({"client": said.partition, "reason": said.reason})
+            answer.fail("rejected", said.reason, _LISTS)
+            roster.failed.append({"client": said.partition, "reason": answer.reason})
             continue
         if said.checkpoint != workspace.checkpoint_digest or said.status == "refused":
             raise FederationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ from fedmask.flower import (
 from server.strategy import Contribution
 
 T = TypeVar("T")
+_DIGEST = re.compile("(?:[0-9a-f]{64})?")  # a SHA-256; a spare node has none to say
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ def read_join(message: Message) -> Joined:
     if isinstance(held, bool) or not isinstance(held, int) or held < 0:
         raise RecordError(f"{HELD}: expected a version, found {held!r}")
     status, digest, checkpoint, reason = (str(text) for text in texts)
+    for key, text in (("digest", digest), ("checkpoint", checkpoint)):
+        if not _DIGEST.fullmatch(text):
+            raise RecordError(f"{key}: expected 64 hex digits, found {text[:80]!r}")
     return Joined(partition, status, digest, checkpoint, reason, held, _rows(record.get(ROWS)))
 
 

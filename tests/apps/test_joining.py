@@ -232,3 +232,33 @@ def test_nonsense_instead_of_a_partition_is_rejected(make_config: MakeConfig) ->
     ):
         assert part in reasons
     assert rows[1]["replied"] == [4]
+
+
+def test_what_a_node_says_of_itself_is_cut_and_digests_are_digests(make_config: MakeConfig) -> None:
+    """However much it sends: the record holds lines of a bounded length."""
+    long = "no\nroom " * 20_000
+    sound = {"status": "ok", "digest": "ab" * 32, "checkpoint": "ab" * 32}
+    answers = [
+        {"partition": 0, **sound, "status": "unable", "reason": long},
+        {"partition": 1, **sound, "checkpoint": long},
+        {"partition": 2, **sound, "digest": "AB" * 32},
+        {"partition": 3, **sound, "status": "refused", "checkpoint": f"{'ab' * 32}; log in at"},
+    ]
+
+    def talkative(config: RunConfig) -> Callable[[Message, Context], Message]:
+        def app(message: Message, context: Context) -> Message:
+            partition = int(context.node_config["partition-id"])
+            if partition < 4:
+                return Message(RecordDict({CONFIG: ConfigRecord(answers[partition])}), reply_to=message)  # type: ignore[arg-type]
+            return make_client_app(config)(message, context)
+
+        return app
+
+    run = run_on(InProcessGrid(make_config(rounds=1), make_app=talkative))  # type: ignore[arg-type]
+    rows = read_rows(run.folder, "rounds")
+    unable, *unread = sorted((one["reason"] for one in rows[0]["rejected"]), key=len, reverse=True)
+    assert unable.startswith("no room no room") and len(unable) == 4000
+    assert len(unread) == 3 and all(len(reason) < 200 for reason in unread)
+    assert sum("checkpoint: expected 64 hex digits, found '" in reason for reason in unread) == 2
+    assert sum("digest: expected 64 hex digits, found '" in reason for reason in unread) == 1
+    assert rows[1]["replied"] == [4]
