@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+
+import fedmask._env  # noqa: F401  (no service in the net is asked to convert a model)
 
 from fedmask.attention import use_plain_attention
 from fedmask.bundled import bundled_model_path
@@ -27,6 +30,7 @@ from fedmask.space import backbone_of, backbone_parameters
 HeadKind = Literal["mean", "hf"]
 BUNDLED_MODEL = "minilm"
 _INIT_DEVIATION = 0.02  # of the head's weights, as BERT initialises its own
+_NO_SAFETENSORS = re.compile(r"(no|have a) file named [^ ]*safetensors")
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,9 @@ def load_backbone(name: str) -> Backbone:
     source = model_source(name)
     with _quiet(), _load_errors(name), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what the checkpoint lacks is drawn: a pooler, which is no part of the backbone
-        model, report = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        model, report = AutoModel.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, use_safetensors=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(source)
     lacking = sorted(set(report["missing_keys"]) & backbone_parameters(model).keys())
     if lacking:  # they would be random, and nobody would know
@@ -206,7 +212,11 @@ def _own_head(backbone: Backbone, task: str, outputs: int, seed: int) -> OwnHead
     with _quiet(), _load_errors(backbone.source), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, -1, -1, f"head/{task}"))  # what the checkpoint lacks is drawn
         model = AutoModelForSequenceClassification.from_pretrained(
-            backbone.source, num_labels=outputs, dtype=torch.float32, pad_token_id=backbone.pad_id
+            backbone.source,
+            num_labels=outputs,
+            dtype=torch.float32,
+            pad_token_id=backbone.pad_id,
+            use_safetensors=True,
         )
     inside = {id(p) for p in backbone_parameters(backbone.model).values()}
     every = backbone.model.named_parameters(remove_duplicate=False)  # tied ones under each of their names
@@ -245,6 +255,12 @@ def _load_errors(name: str) -> Iterator[None]:
     # RuntimeError: weights of other shapes than the config says.
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if _NO_SAFETENSORS.search(reason):
+            raise ConfigError(
+                f"model {name!r}: cannot be loaded (expected its weights in safetensors, found none); pickled"
+                " ones, as in pytorch_model.bin, are not opened: if you trust who made them, convert them by"
+                " AutoModel.from_pretrained(...).save_pretrained(FOLDER)"
+            ) from error
         raise ConfigError(
             f"model {name!r}: cannot be loaded ({reason[:200]}); give {BUNDLED_MODEL!r}, a local folder or "
             "a hub name that is in the cache or can be downloaded"

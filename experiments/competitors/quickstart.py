@@ -28,7 +28,9 @@ def new_model(config: RunConfig, labels: int) -> Any:
     """The architecture's own classifier, as every message of a quickstart loads it."""
     from transformers import AutoModelForSequenceClassification
 
-    return AutoModelForSequenceClassification.from_pretrained(model_source(config.model), num_labels=labels)
+    return AutoModelForSequenceClassification.from_pretrained(
+        model_source(config.model), num_labels=labels, use_safetensors=True
+    )
 
 
 def client_app(config: RunConfig) -> ClientApp:

@@ -145,6 +145,23 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path, folders: dict
         assert "\n" not in str(error.value) and name in str(error.value), name
 
 
+def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
+    """Where transformers would fall back to them: for the backbone, and for the architecture's own head."""
+    from transformers import AutoModel
+
+    folder = save_checkpoint(tmp_path / "m")
+    backbone = load_backbone(str(folder))
+    torch.save(backbone.model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert AutoModel.from_pretrained(folder) is not None  # nothing is wrong with the file
+    for attempt in (lambda: load_backbone(str(folder)), lambda: headed(backbone, "hf")):
+        with pytest.raises(
+            ConfigError, match=r"expected its weights in safetensors.*convert them by"
+        ) as error:
+            attempt()
+        assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
 def test_weights_of_another_architecture_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     """transformers fills in random numbers and only logs it."""
     folder = save_checkpoint(tmp_path / "m")
