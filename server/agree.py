@@ -23,7 +23,7 @@ from fedmask.masks import Mask, Rule, agree_by_scores, agree_by_votes
 from fedmask.masks.votes import unpack_top_scores, unpack_votes
 from fedmask.methods import TASK_SPECIFIC
 from fedmask.workspace import Workspace
-from server.exchange import Answer, Request, enter, exchange
+from server.exchange import Answer, Request, enter, exchange, most_bytes
 from server.joining import Roster, send_mask
 
 Facts = dict[str, Any]
@@ -107,7 +107,8 @@ def _agree(
                 answer.reply = None
         arrived(answer.client)
 
-    answers = exchange(grid, requests, QUERY_SCORES, config.server.timeout, came)
+    most = most_bytes(workspace.k)
+    answers = exchange(grid, requests, QUERY_SCORES, config.server.timeout, came, most=most)
     enter(ledger, 0, "mask", answers)
     refused = [{"client": a.client, "reason": a.reason} for a in answers if a.status != "ok"]
     if len(found) < config.server.min_replies:

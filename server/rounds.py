@@ -29,7 +29,7 @@ from fedmask.workspace import Workspace
 from server.bounds import within_bounds
 from server.downlink import down_contents
 from server.evaluation import Scores, central_scores, task_means
-from server.exchange import SURPLUS, Answer, Late, Request, enter, exchange, no_note
+from server.exchange import SURPLUS, Answer, Late, Request, enter, exchange, most_bytes, no_note
 from server.joining import Roster
 from server.journal import Journal
 from server.norms import beside_median, norm
@@ -255,7 +255,12 @@ class Federation:
         seconds = self.config.server.timeout
         late = self.late if kind == TRAIN else None
         note = partial(self.journal.note, round, kind) if self.journal else no_note
-        return exchange(self.grid, requests, kind, seconds, arrived, enough=enough, late=late, note=note)
+        # The layout of a run of views is without the client's mask; its indices may come with the values.
+        longest = max(self.workspace.layout(task).size for task in self.workspace.tasks)
+        most = most_bytes(2 * self.workspace.k + longest)
+        return exchange(
+            self.grid, requests, kind, seconds, arrived, most=most, enough=enough, late=late, note=note
+        )
 
     def _judge(self, answer: Answer, state: RunState) -> list[Contribution]:
         """A reply as a contribution, or none with the reason in the answer; the reply itself is let go."""

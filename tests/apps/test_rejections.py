@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,8 +19,17 @@ from experiments.inprocess import InProcessGrid
 from fedmask.codecs import pack_update, read_header, unpack_update
 from fedmask.config import RunConfig
 from fedmask.errors import FederationError
-from fedmask.flower import ARRAYS, METRICS, UPDATE, bytes_record, record_bytes
+from fedmask.flower import (
+    ARRAYS,
+    METRICS,
+    UPDATE,
+    bytes_record,
+    ensure_identity,
+    held_bytes,
+    record_bytes,
+)
 from fedmask.layout import Layout, Segment
+from server.exchange import SMALL, Request, exchange, most_bytes
 from tests.apps.fakes import quick_app
 from tests.apps.grids import ShuffledGrid, TamperedGrid, read_rows, run_on
 
@@ -200,6 +211,80 @@ def test_bad_replies_change_nothing(make_config: MakeConfig) -> None:
     clean = run_on(TamperedGrid(config, lambda _c, _r, reply: [reply], quick_app))
     assert spoilt.summary["vector_sha256"] == absent.summary["vector_sha256"]
     assert spoilt.summary["vector_sha256"] != clean.summary["vector_sha256"]
+
+
+class OneReply:
+    """A grid whose only node answers with ``content``."""
+
+    def __init__(self, content: RecordDict) -> None:
+        self.content = content
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        (sent,) = messages
+        sent.metadata.__dict__["_message_id"] = "one"
+        self.reply = Message(self.content, reply_to=sent)
+        return ["one"]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self.reply]
+
+
+MEGABYTE = bytes(range(256)) * 4096
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        bytes_record(MEGABYTE * 32),
+        ConfigRecord({"text": MEGABYTE.hex() * 8, "bytes": MEGABYTE * 24}),
+        ConfigRecord({"texts": [MEGABYTE.hex() * 8], "many": [MEGABYTE] * 24}),
+        MetricRecord({"numbers": [0.5] * (1 << 22)}),
+    ],
+    ids=["array", "text", "list", "numbers"],
+)
+def test_a_reply_that_is_too_large_is_not_even_copied(record: ArrayRecord | ConfigRecord) -> None:
+    ensure_identity()
+    content = RecordDict({"some": record})
+    requests = [Request(5, 0, RecordDict())]
+    noted: list[tuple[str, tuple[int, int]]] = []
+    tracemalloc.start()
+    try:
+        (answer,) = exchange(
+            OneReply(content),  # type: ignore[arg-type]
+            requests,
+            "train",
+            5.0,
+            most=most_bytes(1000),
+            note=lambda way, answers: noted.extend((way, one.up) for one in answers),
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert answer.status == "rejected" and answer.reply is None
+    assert answer.reason == f"expected a reply of at most {SMALL + 8000} bytes, found {answer.up[1]}"
+    assert answer.up == (0, held_bytes(content)) and answer.up[1] >= 32 << 20
+    assert noted[-1] == ("up", answer.up)
+    assert peak < 1 << 20
+
+
+def test_a_round_goes_on_without_a_reply_that_is_too_large(make_config: MakeConfig) -> None:
+    config = make_config(clients=(3, 1), rounds=1, eval_rows=2)
+
+    def spoil(client: int, _round: int, reply: Message) -> list[Message]:
+        return [_changed(reply, bytes_record(MEGABYTE * 2)) if client == BAD else reply]
+
+    folder = run_on(TamperedGrid(config, spoil, quick_app)).folder
+    row = read_rows(folder, "rounds")[1]
+    assert row["replied"] == [0, 2, 3]
+    assert re.fullmatch(
+        r"expected a reply of at most 1\d{6} bytes, found 2\d{6}", row["rejected"][0]["reason"]
+    )
+    (up,) = (
+        one
+        for one in read_rows(folder, "ledger")
+        if (one["round"], one["client"], one["direction"]) == (1, BAD, "up")
+    )
+    assert (up["status"], up["payload_bytes"]) == ("rejected", 0) and up["message_bytes"] > 2 << 20
 
 
 def test_fuzzed_replies_never_end_a_round(make_config: MakeConfig) -> None:
