@@ -88,17 +88,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result as JSON")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        way = linked.measure(Path(folder) / "linked", given.repeats)
+        # Linux tells when a process was created, and its peak memory.
+        linux = sys.platform == "linux"
+        way = linked.measure(Path(folder) / "linked", given.repeats) if linux else None
         seconds = {"without": measure(given.repeats, ""), "with": measure(given.repeats, folder)}
     print(f"{'':28} {'nothing kept':>14} {'rows kept':>12}")
     for part, value in seconds["without"].items():
         print(f"{part:28} {value:12.2f} s {seconds['with'][part]:10.2f} s")
-    print("\nThe way of a message through a SuperLink")
-    for part, value in way["seconds"].items():
-        print(f"{part:44} {value:10.2f} s")
-    print("\nPeak memory")
-    for program, value in way["memory"].items():
-        print(f"{program:44} {value:9.0f} MB")
+    if way is not None:
+        print("\nThe way of a message through a SuperLink")
+        for part, value in way["seconds"].items():
+            print(f"{part:44} {value:10.2f} s")
+        print("\nPeak memory")
+        for program, value in way["memory"].items():
+            print(f"{program:44} {value:9.0f} MB")
     if given.json:
         torch.set_num_threads(1)  # as in the processes that measured
         write(given.json, settings={"repeats": given.repeats}, seconds=seconds, linked=way)
