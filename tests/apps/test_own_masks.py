@@ -20,6 +20,7 @@ from fedmask.delta import read_delta
 from fedmask.errors import ConfigError
 from fedmask.flower import INDICES, PLACES
 from fedmask.ledger import Ledger
+from fedmask.methods import TASK_SPECIFIC
 from fedmask.workspace import Workspace, get_workspace
 from server.resume import STATE
 from tests.apps.grids import TamperedGrid, read_rows, run_on
@@ -55,7 +56,7 @@ def test_an_older_state_of_the_server_goes_on(make_config: MakeConfig, ways: dic
     assert ways or found.summary["vector_sha256"] == whole.summary["vector_sha256"]
 
 
-@pytest.mark.parametrize("method", ["fish"])
+@pytest.mark.parametrize("method", sorted(TASK_SPECIFIC))
 def test_every_message_of_two_rounds(make_config: MakeConfig, method: str) -> None:
     """Values of the union and the indices that are new go down; k values, and the mask once, come up."""
     config = own(make_config, method=method, overlap_batches=2)
