@@ -4,7 +4,13 @@ Source: Hu et al., ICLR 2022 (arXiv 2106.09685), with the rules of the PEFT libr
 training is PEFT's own: A uniform in +-1/sqrt(inputs) (Kaiming with a = sqrt(5)), B zero, no dropout before
 A. Here A's start is drawn from the run's seed and equal on all parties, since factors that start apart
 cannot be averaged. Federated averaging of the factors is FedAvg (FedIT, arXiv 2305.05644); the mean of
-products is another thing, see ``fedex-lora``. With A frozen: FFA-LoRA (arXiv 2403.12313).
+products is another thing, see ``fedex-lora``. With A frozen: FFA-LoRA (arXiv 2403.12313), here without its
+noise for privacy.
+
+FLASC (arXiv 2406.05233; imkevinkuo/flasc, train_sparse_lora_dp.py) trains these factors and the head whole;
+the largest weights of them go down, zeros for the others, and the largest changes go up. Different here: the
+server averages (there AdamW), no dropout before A (there 0.1), a share of n values is rounded (there cut
+off), and a score is that of the newest weights' choice (there of the choice that the round began with).
 """
 
 from __future__ import annotations
