@@ -108,6 +108,13 @@ def test_an_old_certificate_is_trusted_until_it_ends(
     assert (public / "ca.crt").read_bytes().count(b"BEGIN") == 2
 
 
+def test_a_hub_without_clients_of_its_own_makes_no_keys(tmp_path: Path) -> None:
+    given = [f"--{name}={tmp_path / name}" for name in ("public", "link", "nodes")]
+    certificates.main(["make", "--clients=0", *given, "--hosts", "hub.example.org"])
+    assert not list((tmp_path / "nodes").iterdir()) and not list((tmp_path / "public/nodes").iterdir())
+    _shake_hands(tmp_path / "link", (tmp_path / "public/ca.crt").read_text(), "hub.example.org")
+
+
 def _shake_hands(link: Path, authority: str, host: str) -> None:
     """TLS in memory, with the SuperLink's files; ssl.SSLError where they are not trusted."""
     client_side, server_side = ssl.MemoryBIO(), ssl.MemoryBIO()
