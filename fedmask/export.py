@@ -184,7 +184,7 @@ def vector_of(workspace: Workspace, task: str, delta: Delta) -> np.ndarray:
             f"delta: expected segments of the sizes {wanted}, found {found}; "
             "the run folder is damaged or its config was changed"
         )
-    return workspace.as_received(task, np.concatenate([delta.segments[name] for name in wanted]))
+    return np.concatenate([delta.segments[name] for name in wanted])
 
 
 def merged(workspace: Workspace, task: str, delta: Delta) -> MeanHead | OwnHead:

@@ -227,20 +227,6 @@ class Workspace(RunMasks):
             self._origins[task] = np.concatenate([part.origin().numpy() for part in parts])
         return self._origins[task][:size]
 
-    def as_received(self, task: str, vector: np.ndarray) -> np.ndarray:
-        """What a client of ``task`` makes of ``vector``, float32 ``[n]``, where the largest weights go down.
-
-        Otherwise ``vector`` itself, also where a codec rounds it. It is scored and exported, as FLASC's
-        authors do: its factors are trained together with the zeros.
-        """
-        origin = self._origin(task, vector.size)
-        if origin is None:
-            return vector
-        codec = down_way(self.config.down).codec
-        sent_values, _ = codec.encode(vector + origin, None, None)
-        found: np.ndarray = codec.decode(memoryview(sent_values), vector.size) - origin
-        return found
-
     @cached_property
     def products(self) -> Products | None:
         """What the exact mean of LoRA's products needs to know; None for other methods."""

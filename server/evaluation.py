@@ -35,8 +35,7 @@ def central_scores(
     for task in workspace.tasks:
         data = workspace.central(task, split, most)
         if len(data):
-            vector = workspace.as_received(task, np.concatenate([shared, heads[task]]))
-            out[task] = workspace.evaluate(task, vector, data, view)
+            out[task] = workspace.evaluate(task, np.concatenate([shared, heads[task]]), data, view)
     return out
 
 

@@ -10,7 +10,7 @@ noise for privacy.
 FLASC (arXiv 2406.05233; imkevinkuo/flasc, train_sparse_lora_dp.py) trains these factors and the head whole;
 the largest weights of them go down, zeros for the others, and the largest changes go up. Different here: the
 server averages (there AdamW), no dropout before A (there 0.1), a share of n values is rounded (there cut
-off), and a score is that of the newest weights' choice (there of the choice that the round began with).
+off), and the server's whole vector is scored (there the largest weights by the round's choice, unless told).
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import torch
 
 from experiments.engines import run_inprocess
 from fedmask.config import RunConfig
-from fedmask.export import open_run, vector_of
 from fedmask.ledger import Ledger
 from fedmask.tuner import tuning_of
 from fedmask.workspace import Workspace
@@ -65,13 +64,6 @@ def test_each_client_starts_from_the_largest_weights_and_sends_its_largest_chang
         sent = [largest(update.change, update.change) * (update.examples / rows) for update in updates]
         moved = (moved + sum(sent)).astype(np.float32)
     np.testing.assert_allclose(found.state.exact("mood"), moved, rtol=0, atol=1e-7)
-
-    # Scored and exported is what a client would receive, as by the authors.
-    _, delta = open_run(found.folder)
-    given = vector_of(workspace, "mood", delta)
-    np.testing.assert_allclose(given, largest(start + moved, start + moved) - start, rtol=0, atol=1e-7)
-    scores = workspace.evaluate("mood", given, workspace.central("mood", "test", None))
-    assert found.summary["test"]["mood"]["loss"] == pytest.approx(scores["loss"], abs=1e-6)
     down = [row for row in Ledger.read_jsonl(found.folder / "ledger.jsonl") if row.direction == "down"]
     least = 4 * (zeros.size // 4)
     assert all(least < row.payload_bytes < least + zeros.size / 9 + 16 for row in down if row.kind == "train")
