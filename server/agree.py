@@ -25,6 +25,7 @@ from fedmask.methods import TASK_SPECIFIC
 from fedmask.workspace import Workspace
 from server.exchange import Answer, Request, enter, exchange, most_bytes
 from server.joining import Roster, send_mask
+from server.record import sync
 
 Facts = dict[str, Any]
 MASK_FILE = "mask.bin"
@@ -60,6 +61,7 @@ def keep_mask(workspace: Workspace, folder: Path) -> None:
     if workspace.mask is not None:
         space = workspace.space
         (folder / MASK_FILE).write_bytes(pack_indices(workspace.mask.indices, space.size, space.offsets))
+        sync(folder / MASK_FILE)
 
 
 def kept_mask(workspace: Workspace, folder: Path) -> None:

@@ -28,7 +28,7 @@ from server.journal import Journal
 from server.norms import far_out
 from server.observer import Observer, Silent
 from server.overlap import measured_unions
-from server.record import FOLDER_LINE, Existing, RunFolder, unfinished, vector_digest, writing
+from server.record import FOLDER_LINE, Existing, RunFolder, sync, unfinished, vector_digest, writing
 from server.resume import forget_states, interrupted, save_state
 from server.rounds import Federation, Row, most_claims
 from server.seats import lost_seats
@@ -219,6 +219,7 @@ def _finish(
     workspace, ledger = federation.workspace, federation.ledger
     with writing(folder.path):
         save_change(workspace, state, folder.path / "delta.safetensors")
+        sync(folder.path / "delta.safetensors")  # the states go as soon as there is a summary
     test = federation.scores(state, "test")
     clients, unscored = federation.client_scores(state) if client_evaluation else ({}, [])
     journal.settle()

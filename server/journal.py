@@ -2,7 +2,8 @@
 
 The ledger is written as a round ends, in the order of the clients. Until then its rows stand here in the
 order in which they come about, short, one line a message. Replies are written as they arrive; what goes down
-before it is sent, so that a server killed while it sends has counted too much rather than too little.
+before it is sent, so that a server killed while it sends has counted too much rather than too little. Nobody
+waits for the disk here: a machine that loses its power may lose what it says of the round that went on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from fedmask.errors import DataError
 from fedmask.ledger import Direction, Kind, Ledger, LedgerRow
 from server.exchange import Answer, row_of
-from server.record import writing
+from server.record import sync, writing
 
 LEDGER, JOURNAL = "ledger.jsonl", "ledger.open.jsonl"
 
@@ -41,6 +42,7 @@ class Journal:
         """Write the ledger, which has all that was noted by now, and begin anew."""
         with writing(self.path.parent):
             self.ledger.write_jsonl(self.path.with_name(LEDGER))
+            sync(self.path.with_name(LEDGER))
             self.path.unlink(missing_ok=True)
 
     def break_off(self) -> None:
@@ -66,6 +68,7 @@ def rewrite_ledger(folder: Path, rows: Iterable[LedgerRow]) -> None:
     part.unlink(missing_ok=True)
     try:
         Ledger(rows).write_jsonl(part)
+        sync(part)
         os.replace(part, folder / LEDGER)
     except OSError:
         part.unlink(missing_ok=True)

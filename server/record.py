@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +83,7 @@ class RunFolder:
         except BaseException:
             shutil.rmtree(part)
             raise
+        sync(self.path.parent)
         if old.is_symlink():
             old.unlink()
         elif old.exists():
@@ -92,10 +93,12 @@ class RunFolder:
         """One line of ``rounds.jsonl``."""
         with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
             file.write(_dump(row) + "\n")
+        sync(self.path / "rounds.jsonl")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """``summary.json``, last and in one step: its presence means a complete run."""
         write_json(self.path / "summary.json", summary)
+        sync(self.path)
 
 
 @contextmanager
@@ -142,16 +145,33 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """JSON objects, one a line, in one step."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text("".join(_dump(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(beside, path)
+    _replace(path, "".join(_dump(row) + "\n" for row in rows))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Indented JSON, written beside the target and moved over it."""
+    _replace(path, _dump(value, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".part")
-    beside.write_text(_dump(value, indent=2) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
+    sync(beside)
     os.replace(beside, path)
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has what a file holds, or which files a folder has.
+
+    Without it a power cut may leave a new name with nothing behind it: the kernel writes when it likes.
+    """
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        # Some file systems of other machines know it for files only.
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def versions() -> dict[str, str]:

@@ -28,7 +28,7 @@ from fedmask.workspace import Workspace
 from server.channel_state import channel_tensors, read_channel
 from server.counted import Counted
 from server.journal import rewrite_ledger, with_journal
-from server.record import plain, read_json, write_json, write_lines
+from server.record import plain, read_json, sync, write_json, write_lines
 from server.rounds import Row
 from server.state import RunState
 
@@ -129,7 +129,10 @@ class Point:
 
 
 def save_state(folder: Path, state: RunState, strategy: Mapping[str, np.ndarray], ledger_rows: int) -> None:
-    """Write the state after a round; the one before is kept, older ones are gone."""
+    """Write the state after a round; the one before is kept, older ones are gone.
+
+    The round's lines in the other files must be on the disk by now: a state without them is of no use.
+    """
     tensors = {_SHARED: state.shared}
     tensors |= {HEAD_PREFIX + task: head for task, head in state.heads.items()}
     tensors |= channel_tensors(state) | state.counted.tensors()
@@ -149,6 +152,7 @@ def save_state(folder: Path, state: RunState, strategy: Mapping[str, np.ndarray]
     if (folder / STATE).exists():
         os.replace(folder / STATE, folder / PREVIOUS)
     os.replace(part, folder / STATE)
+    sync(folder)
 
 
 def forget_states(folder: Path) -> None:
