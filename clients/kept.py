@@ -3,8 +3,9 @@
 Flower keeps ``context.state`` in a SuperNode's memory, for one run. A SuperNode that is started again, and a
 run that goes on as a new one (``--resume``), would begin with nothing: with error feedback that is another
 result. So what builds on earlier rounds is written into the folder FEDMASK_STATE after each training, by
-Flower's number of the run and the partition; the server names the numbers that a resumed run had before. What
-is damaged or gone is rebuilt as for a new client. Arrays and JSON, nothing is unpickled.
+Flower's number of the run and the partition; the server names the numbers that a resumed run had before. The
+run's own name would not do: another user's run may have it, or a new one that replaces it. What is damaged
+or gone is rebuilt as for a new client. Arrays and JSON, nothing is unpickled.
 """
 
 from __future__ import annotations
