@@ -20,7 +20,7 @@ from flwr.app import Context, Message
 from experiments.inprocess import InProcessGrid
 from experiments.options import build_config
 from fedmask.config import RunConfig
-from fedmask.errors import ConfigError, DataError, FederationError
+from fedmask.errors import ConfigError, FederationError
 from fedmask.rng import rng_for
 from fedmask.workspace import get_workspace
 from server.app import RunResult
@@ -202,36 +202,6 @@ def test_the_largest_change_that_is_accepted_never_ends_a_run(
     assert [row["replied"] for row in rows[1:]] == [[0, 1]] * 4
     assert "were cut" in rows[-1]["note"]
     assert np.abs(result.state.shared).max() == LARGEST
-
-
-def test_a_client_whose_rows_are_gone_says_so(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The real app: its shard is empty from round 2 on."""
-    config = make_config(clients=(2, 1), rounds=2)
-    workspace = get_workspace(config)
-    real = type(workspace).shard
-
-    def empty(self: Any, partition: int) -> Any:
-        shard = real(self, partition)
-        if partition == BAD and running["round"] == ROUND:
-            raise DataError(f"client {partition}: expected training rows, found none")
-        return shard
-
-    running = {"round": 0}
-    monkeypatch.setattr(type(workspace), "shard", empty)
-
-    class Counting(InProcessGrid):
-        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-            sent = list(messages)
-            for message in sent:
-                record = message.content.config_records.get("config", {})
-                running["round"] = int(record.get("round", 0))  # type: ignore[arg-type]
-            return super().push_messages(sent)
-
-    row = read_rows(run_on(Counting(config)).folder, "rounds")[ROUND]
-    assert row["replied"] == [0, 2]
-    assert "expected training rows, found none" in row["rejected"][0]["reason"]
 
 
 class SlowGrid(InProcessGrid):

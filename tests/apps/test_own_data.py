@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from flwr.app import Context, Error, Message
+
+from clients.app import make_client_app
 from experiments.inprocess import InProcessGrid
 from experiments.options import build_config, parse_task
 from experiments.runs import read_run
@@ -16,7 +19,9 @@ from fedmask.config import RunConfig, TaskConfig, from_dict
 from fedmask.errors import ConfigError, DataError
 from fedmask.tasks.own import OwnData, own_data, own_rows
 from fedmask.workspace import get_workspace
-from tests.apps.grids import read_rows, run_on
+from server.observer import Silent
+from tests.apps.grids import TamperedGrid, read_rows, run_on
+from tests.apps.test_rejections import _again
 
 MakeConfig = Callable[..., RunConfig]
 WORDS = ["good", "fine", "bad", "poor"]
@@ -79,6 +84,53 @@ def test_a_client_whose_labels_do_not_fit_is_refused_with_both_lists(
     assert "expected the task's labels (up, down), found 'sideways'" in lost["reason"]
     assert "the file's labels: down, sideways, up" in lost["reason"]
     assert rows[-1]["replied"] == [0, 2]
+
+
+class Files(Silent):
+    """Client 1's file is empty in round 2, gone in round 3, and back in round 4."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.rows = file, file.read_text()
+
+    def on_round_start(self, round: int, clients: tuple[int, ...]) -> None:
+        if round == 2:
+            self.file.write_text(self.rows.splitlines()[0] + "\n")
+        elif round == 3:
+            self.file.unlink()
+        elif round == 4:
+            self.file.write_text(self.rows)
+
+
+def test_a_client_whose_rows_are_gone_says_so(config: RunConfig, tmp_path: Path) -> None:
+    """Each message meets a process that reads the file anew; the mean is of the others."""
+    count = 0
+
+    def anew(config: RunConfig) -> Callable[[Message, Context], Message]:
+        def app(message: Message, context: Context) -> Message:
+            nonlocal count
+            count += 1
+            other = {"name": f"process-{count}"} if context.node_config["partition-id"] == 1 else {}
+            return make_client_app(config.model_copy(update=other))(message, context)
+
+        return app
+
+    config = config.model_copy(update={"rounds": 4})
+    grid = InProcessGrid(config, make_app=anew)  # type: ignore[arg-type]
+    run = run_on(grid, observer=Files(tmp_path / "rows-1.csv"))
+    rows = read_rows(run.folder, "rounds")
+    assert [row["replied"] for row in rows[1:]] == [[0, 1, 2], [0, 2], [0, 2], [0, 1, 2]]
+    (empty,), (gone,) = rows[2]["rejected"], rows[3]["rejected"]
+    file = f"DataError: task 'own', client 1: file {tmp_path / 'rows-1.csv'}"
+    assert empty == {"client": 1, "reason": f"{file}: expected rows, found none"}
+    assert gone["client"] == 1
+    assert gone["reason"].startswith(f"{file}: expected a file, found nothing there; check the name")
+
+    def silent(client: int, number: int, reply: Message) -> list[Message]:
+        said = Error(code=2, reason="nothing")
+        return [_again(reply, said) if client == 1 and number in (2, 3) else reply]
+
+    other = run_on(TamperedGrid(config.model_copy(update={"name": "silent"}), silent))
+    assert run.summary["vector_sha256"] == other.summary["vector_sha256"]
 
 
 def test_a_client_may_not_claim_more_rows_than_the_task_allows(config: RunConfig) -> None:
