@@ -168,6 +168,12 @@ def pack_positions(
     return b"".join(parts)
 
 
+def new_entries(data: bytes) -> int:
+    """How many entries ``pack_positions`` has told as new. Raises ``EnvelopeError``."""
+    reader = Reader(data)
+    return [reader.varint(what) for what in ("held", "version", "own", "new entries")][-1]
+
+
 @dataclass(frozen=True)
 class Told:
     """What ``pack_positions`` said, unread: ``held``, ``version``, whether the client's own mask counts."""

@@ -1,4 +1,4 @@
-"""A study's figures: quality against bytes, and the bytes that a goal costs."""
+"""A study's figures: quality against bytes, the bytes that a goal costs, and how unions of masks grow."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 QUALITY = "quality_bytes.png"
 GOAL = "bytes_to_goal.png"
+GROWTH = "union_growth.png"
 _LINES = ("-", "--", ":", "-.")
 
 
@@ -28,10 +29,12 @@ def draw(study: Study, rows: Sequence[Summary], folder: Path) -> list[str]:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     names = [QUALITY, *([GOAL] if goals(study, rows) else [])]
+    names += [GROWTH] if any(row.overlap for row in done) else []
+    drawn = {QUALITY: _quality, GOAL: _goal, GROWTH: _growth}
     with matplotlib.rc_context(STYLE):
         for name in names:
             figure = Figure(layout="constrained")  # no pyplot: nothing global, no window
-            (_quality if name == QUALITY else _goal)(study, done, figure)
+            drawn[name](study, done, figure)
             figure.savefig(folder / name)
     return names
 
@@ -92,3 +95,30 @@ def _goal(study: Study, rows: Sequence[Summary], figure: Figure) -> None:
     axes.set_xlabel("payload of all clients, both directions, until the goal (MB, logarithmic)")
     axes.set_title(study.title or study.name, loc="left")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=len(found))
+
+
+def _growth(study: Study, rows: Sequence[Summary], figure: Figure) -> None:
+    """What a client receives of all masks together, in multiples of its own, as clients are added."""
+    figure.set_size_inches(6.4, 4.0)
+    axes: Any = figure.subplots()
+    own = [row for row in rows if row.overlap]
+    for number, row in enumerate(own):
+        growth, k = row.overlap["growth"], row.overlap["k"]
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        clients, alike = [one["clients"] for one in growth], row.overlap["mean_jaccard"]
+        least, most = ([one[key] / k for one in growth] for key in ("least", "most"))
+        axes.fill_between(clients, least, most, color=colour, alpha=0.2, linewidth=0)
+        label = row.name if alike is None else f"{row.name} (mean Jaccard {alike:.2f})"
+        axes.plot(clients, [one["times_k"] for one in growth], color=colour, marker=marker, markersize=5,
+                  label=label)  # fmt: skip
+    longest = max((row.overlap for row in own), key=lambda one: len(one["growth"]))
+    axes.plot([one["clients"] for one in longest["growth"]],
+              [one["independent"] / longest["k"] for one in longest["growth"]],
+              color="#444444", linestyle="--", label="independent masks")  # fmt: skip
+    axes.axhline(1.0, color="#444444", linestyle=":", label="one shared mask")
+    axes.set_xlabel("clients with masks of their own")
+    axes.set_ylabel("entries of all of them together, in masks")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(study.title or study.name, loc="left")
+    axes.legend(loc="upper left")

@@ -150,7 +150,11 @@ def measured(run: Run, clock: Clock) -> dict[str, Any]:
     sums = {way: run.ledger.total(kind="train", direction=way) for way in ("up", "down")}
     clients = max(1, len(run.facts["partitions"]))
     masks = {way: run.ledger.total(kind="mask", direction=way).payload_bytes for way in ("up", "down")}
-    return {
+    positions = clock.positions
+    told = {} if positions is None else {"positions": positions}
+    return told | {
+        "backbone_size": run.facts["backbone_size"],
+        "overlap": _overlap(run),
         "head_values": {
             task: sum(size for name, size in parts if name.startswith("head/"))
             for task, parts in run.facts["layout"].items()
@@ -169,6 +173,14 @@ def measured(run: Run, clock: Clock) -> dict[str, Any]:
         "peak_memory_bytes": clock.peak_memory_bytes,
         "resumed": bool(run.record.get("resumed")),
     }
+
+
+def _overlap(run: Run) -> dict[str, Any]:
+    """How the union of the clients' own masks grows, where they had any; else nothing."""
+    found = run.summary.get("overlap") or {}
+    if "growth" not in found or found["batches"]:
+        return {}
+    return {key: found[key] for key in ("rule", "k", "orders", "mean_jaccard", "growth")}
 
 
 def _curve(run: Run) -> list[dict[str, Any]]:

@@ -77,9 +77,9 @@ class StudyTask(Settings):
 class Budget(Settings):
     """How large a variant must be: matched by changing ``by`` until it sends as many values, or bytes.
 
-    Exactly one of ``values`` (shared values sent per client and round), ``bytes`` (their payload at the
-    variant's own width) and ``like`` (another variant's values). ``by``: the setting that is changed, the
-    density where the method has a mask.
+    Exactly one of ``values`` (shared values sent per client and round), ``bytes`` (payload of the whole run:
+    all clients, both directions, heads and masks included) and ``like`` (another variant's values). ``by``:
+    the setting that is changed, the density where the method has a mask.
     """
 
     values: Whole | None = Field(default=None, ge=1)

@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.compare.choose import Result, Winner, best_point, choose, score_of
 from experiments.compare.plan import grid, repeats, settings_of
+from experiments.compare.released import Packed, packed
 from experiments.compare.study import Study, Variant
 from fedmask.errors import ConfigError
 
@@ -47,7 +48,9 @@ class Summary:
 
     ``grid``: rate -> validation score of the search, None for a failed run; rates not yet run are absent.
     ``against``: paired difference to the reference's final quality with its 95 % interval (lower, mean,
-    upper), from the seeds that both have. Bytes are means over clients, rounds and seeds.
+    upper), from the seeds that both have. Bytes are means over clients, rounds and seeds. ``packed``: the
+    indices of task-specific masks, mean over the seeds. ``overlap``: how the clients' own masks overlap in
+    the first seed.
     """
 
     variant: Variant
@@ -61,6 +64,8 @@ class Summary:
     curve: Sequence[Point] = ()
     against: tuple[float, float, float] | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
+    packed: Packed | None = None
+    overlap: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -167,6 +172,8 @@ def _summary(
         curve=_mean_curve(runs),
         against=against,
         numbers=_numbers(runs),
+        packed=_packed(runs),
+        overlap=next((run["overlap"] for run in runs if run.get("overlap")), {}),
     )
 
 
@@ -195,11 +202,26 @@ def _numbers(runs: Sequence[Result]) -> dict[str, float]:
     out["head_values"] = fmean(runs[0]["head_values"].values())
     for key in runs[0]["bytes"]:
         out[key] = fmean(run["bytes"][key] for run in runs)
+    if all("positions" in run for run in runs):  # older results did not count them
+        for way in ("up", "down"):
+            out[f"positions_{way}_per_client"] = fmean(
+                run["positions"][f"bytes_{way}"] / sum(task["clients"] for task in run["config"]["tasks"])
+                for run in runs
+            )
+    if "backbone_size" in runs[0]:
+        out["backbone_size"] = float(runs[0]["backbone_size"])
     out["client_seconds"] = fmean(run["client_seconds"] for run in runs)
     peaks = [run["peak_memory_bytes"] for run in runs if run["peak_memory_bytes"]]
     if peaks:
         out["peak_memory_bytes"] = float(max(peaks))
     return out
+
+
+def _packed(runs: Sequence[Result]) -> Packed | None:
+    found = [one for one in map(packed, runs) if one is not None]
+    if len(found) < len(runs):
+        return None
+    return Packed(*(fmean(getattr(one, key) for one in found) for key in ("payload", "indices", "sets")))
 
 
 def _difference(

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from experiments.compare.budget import TOLERANCE
+from experiments.compare.released import RELEASED, released_payload
 from experiments.compare.study import Study
 from experiments.compare.summary import Spread, Summary, goals
 from experiments.results import size
+from fedmask.methods import METHODS, TASK_SPECIFIC
 
 Cells = Sequence[str]
 
@@ -59,7 +61,7 @@ def _escaped(text: str) -> str:
 def all_tables(study: Study, rows: Sequence[Summary]) -> list[Table]:
     """Every table that the results allow, the main one first."""
     done = [row for row in rows if row.final is not None]
-    tables = [_main(study, done), _cost(done)] if done else []
+    tables = [_main(study, done), _cost(study, done)] if done else []
     tables += _equal(study, done)
     if len(done) > 1:
         tables.append(_budgets(done))
@@ -88,19 +90,44 @@ def _main(study: Study, rows: Sequence[Summary]) -> Table:
     return Table("quality", title, header, cells)
 
 
-def _cost(rows: Sequence[Summary]) -> Table:
+def _cost(study: Study, rows: Sequence[Summary]) -> Table:
     header = ("variant", "trained values", "head values", "stored result", "masks up / client",
-              "masks down / client", "messages, whole run", "client CPU s", "peak memory")  # fmt: skip
+              "masks down / client", "whole run, authors' format", "messages, whole run", "client CPU s",
+              "peak memory")  # fmt: skip
     cells = []
     for row in rows:
         n = row.numbers
         peak = n.get("peak_memory_bytes")
         cells.append(
             [row.name, f"{n['trained_values']:,.0f}", f"{n['head_values']:,.0f}", size(n["stored_bytes"]),
-             size(n["mask_up_per_client"]), size(n["mask_down_per_client"]), size(n["message"]),
+             _masks(study, row, "up"), _masks(study, row, "down"), _released(row, rows), size(n["message"]),
              f"{n['client_seconds']:.1f}", size(peak) if peak else "-"]
         )  # fmt: skip
     return Table("cost", "What each variant trains, stores and costs", header, cells)
+
+
+def _masks(study: Study, row: Summary, way: str) -> str:
+    """Bytes that say which entries, by client: in messages of their own, and in those that train."""
+    told = row.numbers.get(f"positions_{way}_per_client")
+    settings = study.run | row.variant.settings
+    if told is None and row.variant.method in TASK_SPECIFIC and settings.get("placement") == "client":
+        return "in the updates"  # an older result, which did not count them apart
+    return size(row.numbers[f"mask_{way}_per_client"] + (told or 0.0))
+
+
+def _released(row: Summary, rows: Sequence[Summary]) -> str:
+    method = row.variant.method
+    if method not in TASK_SPECIFIC:
+        return "-"
+    if RELEASED[method] is None:
+        return "none released"
+    whole = [one.numbers["sent_values"] for one in rows if METHODS[one.variant.method].dense == "full"]
+    backbone = row.numbers.get("backbone_size") or max(whole, default=0.0)  # older results do not say it
+    if row.packed is None or not backbone:
+        return "-"
+    weights = backbone + row.numbers["head_values"]
+    found = released_payload(method, row.numbers["payload"], row.packed, weights)
+    return "-" if found is None else size(found)
 
 
 def _equal(study: Study, rows: Sequence[Summary]) -> list[Table]:

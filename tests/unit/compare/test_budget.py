@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from experiments.compare.budget import TOLERANCE, match_density, match_whole, resolve
+from experiments.compare.campaign import Campaign
 from experiments.compare.data import prepare
+from experiments.compare.jobs import run_all
 from experiments.compare.plan import run_config, settings_of
 from experiments.compare.reuse import workspace_for
 from experiments.compare.study import study_from
@@ -101,18 +103,51 @@ def test_variants_are_matched_on_the_model_itself(tmp_path: Path) -> None:
             {"name": "both", "method": "pafi+hiwi", "follow": {"train.adapter_lr": 0.2},
              "settings": {"density": 0.05}},
             {"name": "values", "method": "random", "budget": {"values": 700}},
-            {"name": "bytes", "method": "pafi", "budget": {"bytes": 1400}},
         ],
     )  # fmt: skip
-    assert sent["like"] == sent["both"] > sent["bytes"]
+    assert sent["like"] == sent["both"]
     assert sent["values"] == 700
-    assert sent["bytes"] == 350  # four bytes a value
     assert sizes["both"] == {}
+
+
+def test_equal_bytes_are_those_of_the_whole_run_as_the_ledger_counts_them(tmp_path: Path) -> None:
+    """Narrow values, a mask that is agreed on, factors without a mask: all runs send the same within 1 %."""
+    save_two_tasks(tmp_path)
+    wanted = 20_000
+    study = study_of(
+        tmp_path,
+        [
+            {"name": "pafi", "method": "pafi", "budget": {"bytes": wanted}},
+            {"name": "int4", "method": "pafi", "budget": {"bytes": wanted},
+             "settings": {"up": "int4+ef", "down": "int8"}},
+            {"name": "agreed", "method": "fish", "budget": {"bytes": wanted}},
+            {"name": "lora", "method": "lora", "budget": {"bytes": wanted, "by": "lora.rank"},
+             "settings": {"up": "fp16", "down": "fp16"}},
+        ],
+    )  # fmt: skip
+    run = study.run | {"rounds": 3, "overlap_batches": 0, "scores": {"samples": 4}}
+    study = study.model_copy(update={"run": run | {"train": {"max_tokens": 16, "steps": 1, "batch_size": 4}}})
+    results = list(run_all(Campaign(study, tmp_path / "out", tmp_path).next_task, 1))
+    assert len(results) == 4
+    for result in results:
+        assert abs(result["bytes"]["payload"] - wanted) <= TOLERANCE * wanted, result["variant"]
 
 
 def test_impossible_budgets_of_a_study_are_refused_by_variant(tmp_path: Path) -> None:
     save_two_tasks(tmp_path)
     with pytest.raises(ConfigError, match="variant 'a': budget: 99,999,999 values need a density of"):
         resolved(tmp_path, [{"name": "a", "method": "pafi", "budget": {"values": 99_999_999}}])
-    with pytest.raises(ConfigError, match=r"variant 'a': budget\.by: method 'full' has no density"):
-        resolved(tmp_path, [{"name": "a", "method": "full", "budget": {"values": 500}}])
+    for variant, said in (
+        ({"method": "full", "budget": {"values": 500}}, r"budget\.by: method 'full' has no density"),
+        ({"method": "lora", "budget": {"values": 256 * 40, "by": "lora.rank"}},
+         r"need lora\.rank 40, above 32; the nearest possible budget is 8,192 values"),
+        ({"method": "lora", "settings": {"lora.rank": 33}}, r"lora\.rank: expected at most 32, .* found 33"),
+        ({"method": "s2ft", "settings": {"density": 0.9}}, r"density 0\.9: .* more than the last"),
+        ({"method": "pafi", "budget": {"bytes": 99_999_999}},
+         r"no density comes to 99,999,999 bytes in the whole run; the nearest possible budget is "),
+        ({"method": "lora", "budget": {"bytes": 100, "by": "lora.rank"}}, r"no lora\.rank comes to 100 b"),
+        ({"method": "fish", "budget": {"bytes": 9000}, "settings": {"placement": "client"}},
+         r"budget\.bytes: what clients receive of each other's masks is known only by the run"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"variant 'a': .*{said}"):
+            resolved(tmp_path, [{"name": "a"} | variant])

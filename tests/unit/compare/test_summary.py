@@ -39,6 +39,7 @@ def result(variant: str, lr: float, seed: int, scores: list[float], size: int = 
              "mask_down_per_client": 0.0, "payload": curve[-1]["payload_bytes"], "message": 1.0}  # fmt: skip
     return {
         "variant": variant, "lr": lr, "seed": seed, "status": "ok", "curve": curve, "bytes": sizes,
+        "config": {"method": variant},
         "settings": {"rounds": 2, "train": {"lr": lr}, "method": variant, "seed": seed} | settings,
         "trained_values": size, "sent_values": size, "stored_bytes": 500, "head_values": {"bbc": 5},
         "client_seconds": 2.0, "peak_memory_bytes": None,
