@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from clients.app import make_client_app
 from experiments.engines import run_inprocess
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError, FederationError
@@ -26,7 +28,11 @@ from tests.apps.grids import read_rows
 from tests.apps.test_resume import assert_aborted_as_sent, assert_same, quick
 
 MakeConfig = Callable[..., RunConfig]
-KILLS = 30
+# By client: how many kills, in a run of how many rounds (which they must not outlive), with which settings.
+KILLS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "quick": (20, 40, {"server": {"strategy": "fedadam"}}),
+    "real": (10, 14, {"up": "int4+ef", "down": "int4+delta"}),
+}
 
 
 @pytest.fixture
@@ -45,13 +51,15 @@ from fedmask.config import from_json
 from fedmask.workspace import get_workspace
 from server.observer import Silent
 from server.resume import STATE
+from clients.app import make_client_app
 from tests.apps.fakes import quick_app
 
 config, kills = from_json(sys.stdin.read()), int(sys.argv[1])
+make_app, longest = {"quick": (quick_app, 0.015), "real": (make_client_app, 0.04)}[sys.argv[2]]
 folder = os.path.join(config.runs_dir, config.name)
 luck = random.Random(20)
 warm = config.model_copy(update={"name": "warm", "rounds": 1})
-run_inprocess(warm, client_evaluation=False, make_app=quick_app)
+run_inprocess(warm, client_evaluation=False, make_app=make_app)
 for task in get_workspace(config).tasks:
     get_workspace(config).model(task)
 
@@ -74,7 +82,7 @@ def attempt(events, seconds):
         try:
             os.close(read)
             told = Tells(write)
-            run_inprocess(config, told, existing=existing, client_evaluation=False, make_app=quick_app)
+            run_inprocess(config, told, existing=existing, client_evaluation=False, make_app=make_app)
             code = 0
         finally:
             os._exit(code)
@@ -98,7 +106,7 @@ def attempt(events, seconds):
 killed = 0
 while killed < kills:
     # Joining takes one event a client and one more, a round as many and two: anywhere in or between rounds.
-    died, status = attempt(luck.randint(1, 14), luck.random() * 0.015)
+    died, status = attempt(luck.randint(1, 14), luck.random() * longest)
     if not died:
         sys.exit(f"an attempt ended by itself: status {status}")
     killed += 1
@@ -107,12 +115,14 @@ sys.exit(f"the last attempt failed: {status}" if died or status else 0)
 """
 
 
-def test_killed_thirty_times_and_still_the_same(make_config: MakeConfig) -> None:
-    """kill -9 at random moments: the same vector, rounds and bytes."""
-    config = make_config(clients=(3, 1), rounds=80, server={"strategy": "fedadam"})
+@pytest.mark.parametrize("client", KILLS)
+def test_killed_thirty_times_and_still_the_same(make_config: MakeConfig, client: str) -> None:
+    """kill -9 at random moments: the same vector, rounds and bytes. Real clients carry residuals besides."""
+    kills, rounds, settings = KILLS[client]
+    config = make_config(clients=(3, 1), rounds=rounds, **settings)
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", _LOOP, str(KILLS)],
+        [sys.executable, "-c", _LOOP, str(kills), client],
         input=config.model_dump_json(),
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
@@ -123,28 +133,29 @@ def test_killed_thirty_times_and_still_the_same(make_config: MakeConfig) -> None
     )
     assert done.returncode == 0, done.stderr[-2000:]
     folder = Path(config.runs_dir) / config.name
-    whole = quick_without_evaluation(config.model_copy(update={"name": "whole"}))
+    make_app = quick_app if client == "quick" else make_client_app
+    whole = without_evaluation(config.model_copy(update={"name": "whole"}), make_app)
     assert_same(folder, whole)
     ledger = read_rows(folder, "ledger")
     aborted = [row for row in ledger if row["status"] == "aborted"]
     # Every broken round is there with what went down; what came up is what had come.
     broken = assert_aborted_as_sent(folder, whole)
-    sent = {(number, client) for number, client, way in broken if way == "down"}
+    sent = {(number, one) for number, one, way in broken if way == "down"}
     # As many as had come: all of them where every kill fell between a last reply and the saved state.
-    assert {(number, client) for number, client, way in broken if way == "up"} <= sent
-    assert sent == {(number, client) for number, _client in sent for client in range(4)}
+    assert {(number, one) for number, one, way in broken if way == "up"} <= sent
+    assert sent == {(number, one) for number, _one in sent for one in range(4)}
     record = json.loads((folder / "config.json").read_text())
-    assert record["resumed"] and all(0 <= one["after_round"] <= 80 for one in record["resumed"])
+    assert record["resumed"] and all(0 <= one["after_round"] <= rounds for one in record["resumed"])
     assert {row["kind"] for row in aborted} <= {"train", "mask"}  # joining again counts too
     assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def quick_without_evaluation(config: RunConfig) -> Path:
+def without_evaluation(config: RunConfig, make_app: Any) -> Path:
     """The same run with nothing happening to it; scored with one thread, as the killed one is."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        return run_inprocess(config, client_evaluation=False, make_app=quick_app).folder  # type: ignore[arg-type]
+        return run_inprocess(config, client_evaluation=False, make_app=make_app).folder
     finally:
         torch.set_num_threads(threads)
 
