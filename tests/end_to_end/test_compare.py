@@ -19,6 +19,7 @@ def smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for pattern, new in (
         (r"rounds = \d+", "rounds = 1"),
         (r"steps = \d+", "steps = 1"),
+        (r'"scores.samples" = \d+', '"scores.samples" = 2'),
         (r"train_rows = \d+", "train_rows = 120"),
         (r"(validation|reported)_rows = \d+", r"\1_rows = 30"),
         (r"seeds = .*", 'seeds = [1]\nnarrow = "a test"'),
@@ -40,16 +41,23 @@ def called(*arguments: str) -> int:
 
 def test_quick(smaller: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert called("--quick", "--out", str(out), "--only", "pafi,pafi+hiwi", "--only", "head", "--json") == 0
+    names = ["pafi,pafi+hiwi,lora-7,fish-client", "--only", "head"]
+    assert called("--quick", "--out", str(out), "--only", *names, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     rows = {row["variant"]: row for row in printed["tables"]["quality"]}
-    assert set(rows) == {"pafi+hiwi", "pafi", "head"}
-    assert rows["pafi"]["sent values"] == rows["pafi+hiwi"]["sent values"] == "64,604"  # matched
+    assert set(rows) == {"pafi+hiwi", "pafi", "lora-7", "fish-client", "head"}
+    for name in ("pafi", "pafi+hiwi", "fish-client"):
+        assert rows[name]["sent values"] == "64,604"  # matched
+    assert rows["lora-7"]["sent values"] == "64,512"
     assert rows["head"]["sent values"] == "0"
     states = {row["variant"]: row[""] for row in printed["tables"]["state"]}
     assert states["pafi"] == "complete"
     assert states["full"] == "not started"
     assert (out / "report.md").is_file()
+    costs = {row["variant"]: row for row in printed["tables"]["cost"]}
+    assert costs["fish-client"]["masks up / client"].endswith(" kB")
+    assert costs["lora-7"]["masks up / client"] == "0 B"
+    assert (out / "figures" / "union_growth.png").is_file()
 
     assert called("--quick", "--out", str(out), "--report") == 0  # runs nothing, needs no model
     assert "quality" not in capsys.readouterr().err
