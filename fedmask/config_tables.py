@@ -196,7 +196,8 @@ class ScoreConfig(Settings):
 
 
 class ServerConfig(Settings):
-    """Sampling and aggregation. ``options`` go to the strategy; ``timeout`` is seconds per round.
+    """Sampling and aggregation. ``options`` go to the strategy; ``timeout`` is seconds per round, and
+    ``join_timeout`` until all must have joined, which may take longer: a client loads its model then.
 
     ``over_select``: so many times ``clients_per_round`` are asked, and the first replies count.
     """
@@ -209,3 +210,4 @@ class ServerConfig(Settings):
     sharing: Sharing = "all"
     min_replies: Whole = Field(default=1, ge=1)
     timeout: Real = Field(default=3600.0, gt=0)
+    join_timeout: Real = Field(default=600.0, gt=0)

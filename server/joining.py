@@ -118,7 +118,7 @@ def join(
         grid,
         [Request(node, -1, offer) for node, offer in offers.items()],
         QUERY_JOIN,
-        config.server.timeout,
+        config.server.join_timeout,
         lambda answer: arrived(answer.client),
     )
     roster = Roster(seen=set(nodes), after=tuple(after))
@@ -128,7 +128,7 @@ def join(
     free = [seat for seat in range(config.clients) if seat not in roster.nodes]
     if claims and (again := told_offers(standing, free, offered)):
         requests = [Request(node, -1, offer) for node, offer in again.items()]
-        answers = exchange(grid, requests, QUERY_JOIN, config.server.timeout)
+        answers = exchange(grid, requests, QUERY_JOIN, config.server.join_timeout)
         needing += _seat(workspace, answers, roster)[0]
         enter(ledger, 0, "mask", answers)
     _refuse_gaps(config.clients, answers, roster)
@@ -287,9 +287,9 @@ def send_mask(
     packed = pack_indices(np.asarray(mask.indices), mask.space.size, boundaries=mask.space.offsets)
     content = RecordDict({ARRAYS: bytes_record(packed, MASK)})
     requests = [Request(roster.nodes[client], client, content) for client in sorted(clients)]
-    answers = exchange(
-        grid, requests, QUERY_MASK, workspace.config.server.timeout, note=_note(journal, round)
-    )
+    server = workspace.config.server
+    seconds = server.timeout if round else server.join_timeout
+    answers = exchange(grid, requests, QUERY_MASK, seconds, note=_note(journal, round))
     for answer in answers:
         said = _read(answer)
         if said is not None and (said.digest, said.partition) != (mask.digest, answer.client):

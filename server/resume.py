@@ -35,7 +35,8 @@ from server.state import RunState
 STATE = "state.safetensors"
 PREVIOUS = "state.previous.safetensors"
 # What may differ when a run goes on: none of it changes what a round computes.
-FREE = ("name", "runs_dir", "rounds", "workers", "server.min_replies", "server.timeout")
+FREE = ("name", "runs_dir", "rounds", "workers", "server.min_replies", "server.timeout",
+        "server.join_timeout")  # fmt: skip
 _FORMAT, _SHARED, _STRATEGY = "fedmask-state", "shared", "strategy/"
 _INSTEAD = "start it again with --overwrite, or give another name"
 log = logging.getLogger("flwr")
