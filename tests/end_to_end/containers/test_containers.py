@@ -75,7 +75,7 @@ def test_clients_fail_and_the_run_ends_as_it_would_have_without_them(
     containers.limit(held[2], "250m")
     assert run.end(DEADLINE * 6) == 0, run.lines[-20:]
     assert containers.out_of_memory(held[2]) > 0
-    containers.limit(held[2], "1g")
+    containers.limit(held[2], "1536m")
     assert any("Report: /runs/faults/report.md" in line for line in run.lines)
 
     rounds = containers.rows("faults", "rounds")
@@ -99,7 +99,7 @@ def test_containers_are_small_and_may_do_little(containers: Containers) -> None:
     (name, *_) = containers.ids("client")
     form = "{{.HostConfig.ReadonlyRootfs}} {{.Config.User}} {{.HostConfig.Memory}} {{.HostConfig.NanoCpus}}"
     said = containers.docker("inspect", "-f", form, name).split()
-    assert said == ["true", "1000:1000", str(2**30), "1000000000"]
+    assert said == ["true", "1000:1000", str(1536 * 2**20), "1000000000"]
     for words in (
         "touch /usr/new",
         "gcc --version",
