@@ -47,18 +47,18 @@ def test_clients_fail_and_the_run_ends_as_it_would_have_without_them(
 ) -> None:
     options = [*SETTINGS, "--min-replies", "1", "--round-deadline", str(DEADLINE)]
     run = containers.start_run(*options)
-    run.wait_for(f"round 1 of {ROUNDS}, 4 of 4 replies")
+    run.wait_for(f"round 1 of {ROUNDS}, ")  # with all four, unless the machine is very busy
     held = {seat: containers.client_of(seat, "faults") for seat in range(CLIENTS)}
     assert len(set(held.values())) == CLIENTS  # each partition claimed once
 
     # Round 2: client 1 is cut off, 2 does not go on, and 0 is killed when it has its message.
     containers.cut(held[1])
     containers.hold(held[2])
-    containers.wait_for_message(held[0], "train", 2)
+    containers.wait_for_message(held[0], "train", 2, DEADLINE)
     containers.crash(held[0])
 
     # As soon as the last one has answered, all are off the network: round 3 has nobody, and the run fails.
-    containers.wait_for_traffic("faults", 2, 3, "up")
+    containers.wait_for_traffic("faults", 2, 3, "up", DEADLINE)
     for client in (3, 2, 0):
         containers.cut(held[client])
     run.wait_for(f"round 2 of {ROUNDS}, 1 of 4 replies", DEADLINE + 30)
@@ -70,7 +70,7 @@ def test_clients_fail_and_the_run_ends_as_it_would_have_without_them(
     for client in range(CLIENTS):
         containers.heal(held[client], "client")
     until(partial(containers.is_healthy, held[0]), 150, "the killed client, started again")
-    run = containers.start_run(*options, "--resume")
+    run = containers.start_run(*options, "--resume", "--round-deadline", str(2 * DEADLINE))
     containers.wait_for_traffic("faults", 3, 2, "down", 240)
     containers.limit(held[2], "250m")
     assert run.end(DEADLINE * 6) == 0, run.lines[-20:]
