@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import queue
-import re
 import subprocess
 import threading
 import time
@@ -195,13 +194,11 @@ class Containers:
         """Give a container that runs another limit of memory."""
         self.docker("update", "--memory", size, "--memory-swap", size, container)
 
-    def out_of_memory(self, container: str) -> int:
-        """How many of a container's processes the kernel killed at its limit of memory."""
-        files = "/sys/fs/cgroup/memory.events /sys/fs/cgroup/memory/memory.oom_control"
-        said = self.docker("exec", container, "sh", "-c", f"cat {files} 2>/dev/null", check=False)
-        found = re.search(r"^oom_kill (\d+)$", said, re.MULTILINE)
-        assert found is not None, said
-        return int(found.group(1))
+    def out_of_memory(self, container: str, since: float) -> int:
+        """How many of a container's processes the kernel killed at its limit of memory since a time."""
+        window = ["--since", str(int(since)), "--until", str(int(time.time()) + 1)]
+        chosen = ["--filter", "event=oom", "--filter", f"container={container}"]
+        return len(self.docker("events", *window, *chosen).splitlines())
 
     def wait_for_message(self, container: str, kind: str, count: int, seconds: float = 60.0) -> None:
         """Until a client has received so many messages of a kind."""
