@@ -218,7 +218,7 @@ class Containers:
             whole = [json.loads(row) for row in rows if row.endswith("]")]
             return any(row[:4] == [round, client, way, "train"] for row in whole)
 
-        until(noted, seconds, f"round {round}, client {client}, {way}")
+        until(noted, seconds, f"round {round}, client {client}, {way}", pause=0.1)
 
     def own_data(self) -> dict[str, str]:
         """The environment by which clients find their own files, for this machine."""
@@ -256,9 +256,9 @@ class Containers:
         return run_on(TamperedGrid(from_dict(settings), tamper))
 
 
-def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+def until(condition: Callable[[], bool], seconds: float, what: str, pause: float = 1.0) -> None:
     """Wait for ``condition``; AssertionError after ``seconds``."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {seconds} s"
-        time.sleep(1.0)
+        time.sleep(pause)
