@@ -49,7 +49,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-containers: $(VENV)/.dev
-	FEDMASK_TEST_CONTAINERS=$${FEDMASK_TEST_CONTAINERS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile --durations=6 \
+	FEDMASK_TEST_CONTAINERS=$${FEDMASK_TEST_CONTAINERS:-1} $(BIN)/python -m pytest --durations=6 \
 		tests/end_to_end/containers
 
 lint: $(VENV)/.dev

@@ -1,6 +1,7 @@
 """For ``make test-containers``: these tests are collected only when FEDMASK_TEST_CONTAINERS is set.
 
-With ``required`` in it a machine that cannot have an engine is a failure; else it is a reason to skip.
+With ``required`` in it a machine that cannot have an engine is a failure; else it is a reason to skip. The image
+is built while the tests run that need no container: they come first.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,25 +21,59 @@ HERE = Path(__file__).parent
 NO_ENGINE = 3
 
 
-@pytest.fixture(scope="session")
-def engine() -> Iterator[dict[str, str]]:
-    """The environment for docker and compose. A machine that cannot have an engine skips, and says why."""
-    started = subprocess.run([str(HERE / "engine.sh"), "start"], capture_output=True, text=True, check=False)
+class NoEngine(Exception):
+    """Why this machine cannot have one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests in containers go last."""
+    items.sort(key=needs_containers)
+
+
+def needs_containers(item: pytest.Item) -> bool:
+    return "containers" in getattr(item, "fixturenames", ())
+
+
+def start_engine(environment: dict[str, str]) -> dict[str, str]:
+    """The environment for docker and compose, from one that no test has changed. Raises NoEngine."""
+    started = subprocess.run(
+        [str(HERE / "engine.sh"), "start"], env=environment, capture_output=True, text=True, check=False
+    )
     if started.returncode == NO_ENGINE:
-        tell = pytest.fail if os.environ["FEDMASK_TEST_CONTAINERS"] == "required" else pytest.skip
-        tell(started.stderr.strip().splitlines()[-1])
+        raise NoEngine(started.stderr.strip().splitlines()[-1])
     assert started.returncode == 0, started.stderr
-    words = subprocess.run(
-        ["bash", "-c", f"{started.stdout}\nenv -0"], capture_output=True, text=True, check=True
-    ).stdout
-    yield dict(word.split("=", 1) for word in words.split("\0") if "=" in word)
+    command = ["bash", "-c", f"{started.stdout}\nenv -0"]
+    words = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return dict(word.split("=", 1) for word in words.split("\0") if "=" in word)
+
+
+def build(folder: Path, environment: dict[str, str]) -> Containers:
+    """A federation of four clients that can be started."""
+    made = Containers(start_engine(environment), folder)
+    made.compose("build", minutes=15)
+    return made
+
+
+@pytest.fixture(scope="session", autouse=True)
+def building(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Future[Containers] | None]:
+    """The federation on its way, where some test needs it; the engine ends with the tests."""
+    if not any(map(needs_containers, request.session.items)):
+        yield None
+        return
+    with ThreadPoolExecutor(1) as worker:
+        yield worker.submit(build, tmp_path_factory.mktemp("containers"), dict(os.environ))
     subprocess.run([str(HERE / "engine.sh"), "stop"], check=False)
 
 
 @pytest.fixture(scope="session")
-def containers(engine: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]:
-    """A federation of four clients, freshly built and started as a user would; gone afterwards."""
-    made = Containers(engine, tmp_path_factory.mktemp("containers"))
+def containers(building: Future[Containers]) -> Iterator[Containers]:
+    """The federation, started as a user would; gone afterwards. A machine without an engine says why."""
+    try:
+        made = building.result()
+    except NoEngine as reason:
+        (pytest.fail if os.environ["FEDMASK_TEST_CONTAINERS"] == "required" else pytest.skip)(str(reason))
     try:
         made.compose("up", "--build", "-d", minutes=15)
         yield made

@@ -47,6 +47,26 @@ labels = ["up", "down"]
 dev = "/data/dev.csv"
 clients = 2
 """
+# Names the client's app as the first to go, then takes memory until it has gone.
+_EXHAUST = """
+import sys
+from pathlib import Path
+
+name = b"flwr-" + b"clientapp"  # not in one piece, or this program would find itself
+found = [path for path in Path("/proc").glob("[0-9]*") if name in (path / "cmdline").read_bytes()]
+for path in found:
+    (path / "oom_score_adj").write_text("1000")
+
+def lives(path):
+    return path.exists() and (path / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+held = []
+while any(map(lives, found)):
+    if len(held) > 400:
+        sys.exit("nothing was killed")
+    held.append(b"x" * 2**22)
+sys.exit(0 if found else "no app")
+"""
 OWN = {"FEDMASK_TEXT": "words", "FEDMASK_LABEL": "verdict"}
 OWN_FILE = "client-{client}.jsonl"
 
@@ -190,9 +210,25 @@ class Containers:
         """The inverse of ``hold``."""
         self.docker("exec", container, "sh", "-c", "kill -CONT -1", check=False)
 
-    def limit(self, container: str, size: str) -> None:
-        """Give a container that runs another limit of memory."""
+    def exhaust_memory(self, container: str) -> None:
+        """Let the kernel kill a client's app at its container's limit of memory, while it works.
+
+        All stands still until that is done, so that no machine is too fast for it or too slow.
+        """
+
+        def app_has_loaded() -> bool:
+            lines = self.docker("top", container, "-o", "pid,rss,args", check=False).splitlines()
+            return any("flwr-clientapp" in line and int(line.split()[1]) > 200_000 for line in lines)
+
+        until(app_has_loaded, 60, "the client's app at work", pause=0.1)
+        self.hold(container)
+        files = "/sys/fs/cgroup/memory.current /sys/fs/cgroup/memory/memory.usage_in_bytes"
+        used = int(self.docker("exec", container, "sh", "-c", f"cat {files} 2>/dev/null || true"))
+        size = f"{used + 2**26}b"
         self.docker("update", "--memory", size, "--memory-swap", size, container)
+        self.docker("exec", container, "python", "-IS", "-c", _EXHAUST)
+        self.docker("update", "--memory", "1536m", "--memory-swap", "1536m", container)
+        self.go_on(container)
 
     def out_of_memory(self, container: str, since: float) -> int:
         """How many of a container's processes the kernel killed at its limit of memory since a time."""
