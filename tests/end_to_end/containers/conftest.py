@@ -1,7 +1,7 @@
 """For ``make test-containers``: these tests are collected only when FEDMASK_TEST_CONTAINERS is set.
 
-With ``required`` in it a machine that cannot have an engine is a failure; else it is a reason to skip. The image
-is built while the tests run that need no container: they come first.
+With ``required`` in it a machine that cannot have an engine is a failure; else it is a reason to skip. The
+image is built while the tests run that need no container: they come first.
 """
 
 from __future__ import annotations
