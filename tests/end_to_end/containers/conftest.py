@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.containers.federation import Containers
+from tests.end_to_end.containers.federation import Containers, write_data
 
 collect_ignore_glob = [] if os.environ.get("FEDMASK_TEST_CONTAINERS") else ["test_*.py"]
 HERE = Path(__file__).parent
@@ -62,8 +62,10 @@ def building(
     if not any(map(needs_containers, request.session.items)):
         yield None
         return
+    folder = tmp_path_factory.mktemp("containers")
+    write_data(folder)  # here: two threads that import transformers at a time disturb each other
     with ThreadPoolExecutor(1) as worker:
-        yield worker.submit(build, tmp_path_factory.mktemp("containers"), dict(os.environ))
+        yield worker.submit(build, folder, dict(os.environ))
     subprocess.run([str(HERE / "engine.sh"), "stop"], check=False)
 
 

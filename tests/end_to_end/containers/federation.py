@@ -71,9 +71,12 @@ OWN = {"FEDMASK_TEXT": "words", "FEDMASK_LABEL": "verdict"}
 OWN_FILE = "client-{client}.jsonl"
 
 
-def write_data(folder: Path) -> None:
-    """``TINY`` as tiny.toml, and all that it names."""
-    folder.mkdir()
+def write_data(place: Path) -> None:
+    """In a new folder: ``TINY`` as tiny.toml and all that it names, and room for runs."""
+    folder = place / "data"
+    for new in (place / "runs", folder):
+        new.mkdir()
+    place.chmod(0o755)
     folder.chmod(0o755)
     save_checkpoint(folder / "model")
     save_task(folder / "mood.tsv", ("no", "yes"), rows=240, seed=1)
@@ -128,13 +131,10 @@ class Follower:
 
 
 class Containers:
-    """``docker compose`` over the project's own files, with four clients."""
+    """``docker compose`` over the project's own files, with four clients and what ``write_data`` wrote."""
 
     def __init__(self, engine: Mapping[str, str], folder: Path) -> None:
         self.runs, self.data = folder / "runs", folder / "data"
-        self.runs.mkdir()
-        folder.chmod(0o755)
-        write_data(self.data)
         self._command = [*engine["COMPOSE"].split(), "-p", PROJECT]
         self._env = {**engine, "RUNS": str(self.runs), "DATA": str(self.data), "TAG": "test",
                      "CLIENTS": str(CLIENTS), "FEDMASK_DATA": f"/data/{OWN_FILE}", **OWN}  # fmt: skip
