@@ -210,4 +210,4 @@ class ServerConfig(Settings):
     sharing: Sharing = "all"
     min_replies: Whole = Field(default=1, ge=1)
     timeout: Real = Field(default=3600.0, gt=0)
-    join_timeout: Real = Field(default=600.0, gt=0)
+    join_timeout: Real = Field(default=3600.0, gt=0)

@@ -165,13 +165,13 @@ def sync(path: Path) -> None:
 
     Without it a power cut may leave a new name with nothing behind it: the kernel writes when it likes.
     """
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        # Some file systems of other machines know it for files only.
-        with suppress(OSError) if path.is_dir() else nullcontext():
+    # Other systems, and some file systems, know it for files only.
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        opened = os.open(path, os.O_RDONLY)
+        try:
             os.fsync(opened)
-    finally:
-        os.close(opened)
+        finally:
+            os.close(opened)
 
 
 def versions() -> dict[str, str]:

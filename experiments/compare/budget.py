@@ -64,6 +64,10 @@ def match_whole(wanted: int, per_unit: int, beside: int = 0, setting: str = "ran
     possible budget, below one unit, above ``most``, and when the nearest is more than 1 % away: then the
     other side of the comparison must move, a mask's density for instance, which can be any number.
     """
+    if per_unit <= 0:
+        raise ConfigError(
+            f"budget.by: {setting} does not change how many values there are; name another setting"
+        )
     units = (wanted - beside) / per_unit
     nearest = max(1, round(units))
     if most and nearest > most:
@@ -131,8 +135,8 @@ class _Sizes:
         config = self.config_of(variant, changed)
         if config.has_views:
             raise ConfigError(
-                "budget.bytes: what clients receive of each other's masks is known only by the run; match its"
-                " values instead"
+                "budget.bytes: what a run with a mask a client, or with one that moves, sends down is known only"
+                " by the run; match its values instead"
             )
         self.labels = self.labels or label_counts(config, None)
         rows = estimate(config, self.labels, LINKS["lan"])["rows"]
@@ -145,8 +149,10 @@ class _Sizes:
             return
         workspace = self.workspace(variant, changed)
         _ = workspace.mask  # raises where the rule's tensors do not hold as many entries
+        if method.mask is not None:
+            return
         rank, most = workspace.config.lora.rank, _most_rank(workspace)
-        if method.mask is None and rank > most:
+        if rank > most:
             raise ConfigError(f"lora.rank: expected at most {most}, the matrices' least side, found {rank}")
 
 
@@ -197,6 +203,8 @@ def _match_bytes(variant: Variant, by: str, wanted: int, sizes: _Sizes) -> Match
     found = {count: sizes.payload(variant, {by: count if whole else count / unit}) for count in (near, far)}
     for _ in range(1 if whole else 4):
         slope = (found[far] - found[near]) / (far - near)
+        if slope <= 0:  # neighbours with equal bytes: no nearer than this
+            break
         best = min(most, max(1, round(far + (wanted - found[far]) / slope)))
         if best in found:
             break
