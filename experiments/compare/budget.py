@@ -135,8 +135,8 @@ class _Sizes:
         config = self.config_of(variant, changed)
         if config.has_views:
             raise ConfigError(
-                "budget.bytes: what a run with a mask a client, or with one that moves, sends down is known only"
-                " by the run; match its values instead"
+                "budget.bytes: what comes down where each client has a mask, or where it moves, only the run"
+                " knows; match its values instead"
             )
         self.labels = self.labels or label_counts(config, None)
         rows = estimate(config, self.labels, LINKS["lan"])["rows"]

@@ -147,7 +147,7 @@ def test_impossible_budgets_of_a_study_are_refused_by_variant(tmp_path: Path) ->
          r"no density comes to 99,999,999 bytes in the whole run; the nearest possible budget is "),
         ({"method": "lora", "budget": {"bytes": 100, "by": "lora.rank"}}, r"no lora\.rank comes to 100 b"),
         ({"method": "fish", "budget": {"bytes": 9000}, "settings": {"placement": "client"}},
-         r"budget\.bytes: what clients receive of each other's masks is known only by the run"),
+         r"budget\.bytes: what comes down where each client has a mask"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=f"variant 'a': .*{said}"):
             resolved(tmp_path, [{"name": "a"} | variant])
