@@ -7,7 +7,7 @@ import queue
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -210,15 +210,21 @@ class Containers:
         """The inverse of ``hold``."""
         self.docker("exec", container, "sh", "-c", "kill -CONT -1", check=False)
 
-    def exhaust_memory(self, container: str) -> None:
-        """Let the kernel kill a client's app at its container's limit of memory, while it works.
+    def apps(self, container: str) -> dict[int, int]:
+        """Pid and kilobytes of each client's app in a container."""
+        lines = self.docker("top", container, "-o", "pid,rss,args", check=False).splitlines()
+        found = [line.split()[:2] for line in lines if "flwr-clientapp" in line]
+        return {int(pid): int(size) for pid, size in found}
 
-        All stands still until that is done, so that no machine is too fast for it or too slow.
+    def exhaust_memory(self, container: str, gone: Iterable[int]) -> None:
+        """Let the kernel kill a client's next app at its container's limit of memory, while it works.
+
+        ``gone``: apps that have had their message. All stands still until it is done, so that no machine is
+        too fast for it or too slow.
         """
 
         def app_has_loaded() -> bool:
-            lines = self.docker("top", container, "-o", "pid,rss,args", check=False).splitlines()
-            return any("flwr-clientapp" in line and int(line.split()[1]) > 200_000 for line in lines)
+            return any(size > 200_000 for app, size in self.apps(container).items() if app not in gone)
 
         until(app_has_loaded, 60, "the client's app at work", pause=0.1)
         self.hold(container)
