@@ -191,12 +191,14 @@ class Containers:
         raise AssertionError(f"no client holds partition {seat}")
 
     def cut(self, container: str) -> None:
-        """Take a container off the network, still running."""
-        self.docker("network", "disconnect", f"{PROJECT}_default", container)
+        """Take a container off the network, still running: one that is just restarted, when it is there."""
+        words = ["network", "disconnect", f"{PROJECT}_default", container]
+        until(lambda: "Error" not in self.docker(*words, check=False), 60, "off the network", pause=0.3)
 
     def heal(self, container: str, service: str) -> None:
         """The inverse of ``cut``."""
-        self.docker("network", "connect", "--alias", service, f"{PROJECT}_default", container)
+        words = ["network", "connect", "--alias", service, f"{PROJECT}_default", container]
+        until(lambda: "Error" not in self.docker(*words, check=False), 60, "on the network", pause=0.3)
 
     def crash(self, container: str) -> None:
         """Kill all that runs in a container; its restart policy starts it again."""
