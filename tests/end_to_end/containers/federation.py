@@ -234,7 +234,8 @@ class Containers:
         used = int(self.docker("exec", container, "sh", "-c", f"cat {files} 2>/dev/null || true"))
         size = f"{used + 2**26}b"
         self.docker("update", "--memory", size, "--memory-swap", size, container)
-        self.docker("exec", container, "python", "-IS", "-c", _EXHAUST)
+        while app_has_loaded():  # the kernel may take the program that takes the memory as well
+            self.docker("exec", container, "python", "-IS", "-c", _EXHAUST, check=False)
         self.docker("update", "--memory", "1536m", "--memory-swap", "1536m", container)
         self.go_on(container)
 
