@@ -88,7 +88,7 @@ def test_clients_fail_and_the_run_ends_as_it_would_have_without_them(
     assert {one["client"] for one in rounds[3]["rejected"]} == {2}
     assert [one["after_round"] for one in containers.record("faults")["resumed"]] == [2]
     broken = [row for row in containers.rows("faults", "ledger") if row["status"] == "aborted"]
-    assert {(row["round"], row["direction"]) for row in broken if row["message_bytes"]} == {(3, "down")}
+    assert {(row["round"], row["direction"]) for row in broken if row["payload_bytes"]} == {(3, "down")}
     assert (containers.runs / "faults" / "report.md").is_file()
     assert containers.client_of(0, "faults") == held[0]  # with the partition that it had
     for name, value in containers.own_data().items():
