@@ -48,7 +48,7 @@ RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
     rm -rf pyarrow/include pyarrow/src pyarrow/*arrow_flight* pyarrow/*arrow_python_flight* pyarrow/_flight.* \
     pyarrow/libarrow_s3* pyarrow/_s3fs.* && \
     find . -type d \( -name tests -o -name test \) ! -path './torch/*' ! -path './numba/*' -prune -exec rm -rf {} + && \
-    echo /code > fedmask.pth && HOME=/tmp /venv/bin/python /src/imports.py && rm -rf /build /tmp/* /root/.cache \
+    echo /code > fedmask.pth && HOME=/tmp /venv/bin/python /src/imports.py && rm -rf /build /tmp/* ~/.cache \
     /usr/local/bin/pip* /usr/local/lib/python3*/ensurepip /usr/local/lib/python3*/site-packages/pip*
 # Nobody is called out to, nothing is installed at run time, one thread a process unless the run says otherwise.
 ENV PATH=/code/clients/bin:/code/bin:/venv/bin:$PATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 HOME=/tmp \
