@@ -48,9 +48,10 @@ demo: $(VENV)/.demo
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# A process for each of the three files.
 test-containers: $(VENV)/.dev
-	FEDMASK_TEST_CONTAINERS=$${FEDMASK_TEST_CONTAINERS:-1} $(BIN)/python -m pytest --durations=6 \
-		tests/end_to_end/containers
+	FEDMASK_TEST_CONTAINERS=$${FEDMASK_TEST_CONTAINERS:-1} $(BIN)/python -m pytest -n 3 --dist loadfile \
+		--durations=6 tests/end_to_end/containers
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

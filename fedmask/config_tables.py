@@ -125,7 +125,7 @@ class TaskConfig(_SourceConfig):
             path.exists()
             or path.suffix.lower() in (*FILE_ENDINGS, *_OTHER_ENDINGS)
             or self.source.startswith((".", "/", "~"))
-            or self.source.count("/") > 1
+            or self.source.partition("@")[0].count("/") > 1  # a hub name's revision may have more
             or "\\" in self.source
             or ("/" in self.source and path.parent.is_dir())
         )

@@ -66,8 +66,17 @@ def load_backbone(name: str) -> Backbone:
     ConfigError if it is not there or its architecture cannot be used.
     """
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import find_adapter_config_file
 
     source = model_source(name)
+    with _quiet(), _load_errors(name), torch.random.fork_rng(devices=[]):
+        # transformers would open its pickled weights where peft is installed, and ignore it elsewhere
+        adapter = find_adapter_config_file(source) is not None
+    if adapter:
+        raise ConfigError(
+            f"model {name!r}: expected a model, found a PEFT adapter with it (adapter_config.json); merge"
+            " it by merge_and_unload() and save the result, or remove it"
+        )
     with _quiet(), _load_errors(name), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what the checkpoint lacks is drawn: a pooler, which is no part of the backbone
         model, report = AutoModel.from_pretrained(

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.compare.study import Study, StudyTask
+from experiments.compare.study import HubRows, Study, StudyTask
 from fedmask.errors import ConfigError, DataError, unknown
 from fedmask.rng import rng_for
 from fedmask.tasks.bundled import BUNDLED, bundled_table
 from fedmask.tasks.files import read_file
+from fedmask.tasks.hub import hub_table
 from fedmask.tasks.table import Table
 
 ENVIRONMENT = "FEDMASK_DATA"
@@ -44,35 +45,36 @@ def data_folder(given: Path | None) -> Path | None:
 def prepare(study: Study, data: Path | None, out: Path) -> dict[str, Prepared]:
     """Write the files of all tasks into ``out`` (equal ones stay). Raises ConfigError and DataError.
 
-    ``data``: the folder that the study's file names start at; bundled tasks need none.
+    ``data``: the folder that the study's file names start at; bundled tasks need none, nor do those that the
+    Hugging Face hub has: they are fetched where the files are missing.
     """
     _check_files(study, data)
     out.mkdir(parents=True, exist_ok=True)
     return {task.name: _prepare(task, data, out) for task in study.tasks}
 
 
+def _missing(task: StudyTask, data: Path | None) -> list[str]:
+    names = [name for name in (task.train, task.reported) if name]
+    return [name for name in names if data is None or not (data / name).is_file()]
+
+
 def _check_files(study: Study, data: Path | None) -> None:
-    """All that is missing in one message: fetching is slow, so nobody should be told piece by piece."""
+    """All that is missing in one message, so that nobody is told piece by piece."""
     for task in study.tasks:
         if not task.train and task.name not in BUNDLED:
             raise ConfigError(f"{unknown('bundled task', task.name, BUNDLED)}; else name its files")
-    named = [task for task in study.tasks if task.train]
-    if not named:
+    lacking = [task for task in study.tasks if task.hub is None and _missing(task, data)]
+    if not lacking:
         return
+    files = _list([name for task in lacking for name in _missing(task, data)])
+    fetch = dict.fromkeys(f"{Path(task.train).parent}: {task.fetch}" for task in lacking if task.fetch)
+    advice = f"to make: {_list(list(fetch))}" if fetch else "give the files"
     if data is None:
         raise ConfigError(
-            f"study {study.name!r} reads {_list([name for t in named for name in (t.train, t.reported)])}"
-            f" below a data folder: name it by --data or {ENVIRONMENT}; {_fetch(named)}"
+            f"study {study.name!r} reads {files} below a data folder: name it by --data or {ENVIRONMENT};"
+            f" {advice}"
         )
-    missing = [t for t in named if not all((data / name).is_file() for name in (t.train, t.reported))]
-    if missing:
-        files = [n for t in missing for n in (t.train, t.reported) if not (data / n).is_file()]
-        raise ConfigError(f"data folder {data}: found no {_list(files)}; {_fetch(missing)}")
-
-
-def _fetch(tasks: Sequence[StudyTask]) -> str:
-    found = dict.fromkeys(f"{Path(task.train).parent}: {task.hub}" for task in tasks if task.hub)
-    return f"fetch from the Hugging Face hub {_list(list(found))}" if found else "give the files"
+    raise ConfigError(f"data folder {data}: found no {files}; {advice}")
 
 
 def _list(names: Sequence[str]) -> str:
@@ -80,12 +82,41 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(unique[:6]) + (f" and {len(unique) - 6} more" if len(unique) > 6 else "")
 
 
+def _tables(task: StudyTask, data: Path | None) -> tuple[Table, Table]:
+    """The table that is cut, and the one of the reported rows (the same for a bundled task)."""
+    if not task.train:
+        bundled = bundled_table(task.name)
+        return bundled, bundled
+    missing = _missing(task, data)
+    if not missing:
+        assert data is not None
+        return read_file(data / task.train), read_file(data / task.reported)
+    assert task.hub is not None  # checked above
+    try:
+        return _from_hub(task, task.hub, task.hub.train), _from_hub(task, task.hub, task.hub.reported)
+    except DataError as error:
+        raise DataError(
+            f"task {task.name!r}: {_list(missing)}: not below"
+            f" {f'data folder {data}' if data else f'a data folder (--data or {ENVIRONMENT})'}; {error}"
+        ) from None
+
+
+def _from_hub(task: StudyTask, hub: HubRows, split: str) -> Table:
+    """A split under the study's names of columns, with labels by name where the hub keeps class numbers."""
+    found = hub_table(hub.source, split)
+    there = dict(
+        zip((*task.text, task.label), (*(hub.text or task.text), hub.label or task.label), strict=True)
+    )
+    columns = {name: found.column(name) for name in found.columns}
+    columns |= {name: found.column(other) for name, other in there.items()}
+    classes = found.classes.get(there[task.label])
+    if classes is not None:
+        columns[task.label] = [classes[int(str(number))] for number in columns[task.label]]
+    return Table(found.where, columns)
+
+
 def _prepare(task: StudyTask, data: Path | None, out: Path) -> Prepared:
-    if task.train:
-        assert data is not None  # checked above
-        table, other = read_file(data / task.train), read_file(data / task.reported)
-    else:
-        table = other = bundled_table(task.name)
+    table, other = _tables(task, data)
     rows = _chosen(task, table, "train")
     wanted = task.train_rows + task.validation_rows
     if not task.train:

@@ -37,19 +37,33 @@ _OWN = ("name", "runs_dir", "seed", "method", "tasks", "workers", "test_every_ro
 VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=48)]
 
 
+class HubRows(Settings):
+    """A task's rows on the Hugging Face hub: the splits, and its columns where they have other names there.
+
+    ``source``: ``owner/name``, ``owner/name:config`` or ``owner/name@revision``.
+    """
+
+    source: str = Field(min_length=1)
+    train: str = "train"
+    reported: str = "validation"
+    text: tuple[str, ...] = ()
+    label: str = ""
+
+
 class StudyTask(Settings):
     """One task and its rows. Files are named relative to the data folder; none means a bundled task.
 
     ``train`` is cut into ``train_rows`` that are dealt to the clients and ``validation_rows`` that choose
     the learning rate; ``reported`` holds the rows that are reported, which choose nothing. A bundled task
-    gives all three from its one table. ``where``: only rows whose columns have these values. ``hub``: what
-    to fetch where the files are not there.
+    gives all three from its one table. ``where``: only rows whose columns have these values. ``hub``: from
+    where the rows are fetched when the files are not there; ``fetch``: what to do where no hub has them.
     """
 
     name: Name
     train: str = ""
     reported: str = ""
-    hub: str = ""
+    hub: HubRows | None = None
+    fetch: str = ""
     text: tuple[str, ...] = Field(default=("text",), min_length=1, max_length=2)
     label: str = "label"
     metric: Metric = "accuracy"
@@ -69,6 +83,8 @@ class StudyTask(Settings):
     def _both_files_or_none(self) -> StudyTask:
         if bool(self.train) != bool(self.reported):
             raise ConfigError("reported: train and reported are two files; name both, or none (bundled)")
+        if self.hub is not None and len(self.hub.text) not in (0, len(self.text)):
+            raise ConfigError(f"hub.text: expected {len(self.text)} columns, found {len(self.hub.text)}")
         if not self.train and self.reported_rows is None:
             raise ConfigError("reported_rows: a bundled task is one table, so say how many rows are reported")
         return self

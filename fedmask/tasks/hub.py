@@ -4,51 +4,71 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from fedmask.config import TaskConfig
 from fedmask.errors import DataError, unknown
 from fedmask.tasks.splits import Split
 from fedmask.tasks.table import Table, table_of
 
-# owner/name or name, and after a colon the configuration: nyu-mll/glue:cola
-_NAME = re.compile(r"(?P<path>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?")
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# owner/name or name, a configuration after a colon, a revision after an @ (its name may have slashes)
+_NAME = re.compile(r"(?P<path>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
 _DEV_NAMES = ("validation", "dev", "valid", "val")
 
 
 def hub_tables(task: TaskConfig) -> dict[Split, Table]:
-    """The labelled splits of the hub data set ``task.source`` (``owner/name`` or ``owner/name:config``).
+    """The labelled splits of the hub data set ``task.source``: ``owner/name``, ``owner/name:config``,
+    ``owner/name@revision``.
 
     ``train`` must exist. dev is the split ``task.dev`` if set, else validation, dev, valid or val;
     test is ``task.test`` if set, else test, and counts only when it has labels (published test
     splits often hold -1 throughout). Raises DataError.
     """
-    found = _NAME.fullmatch(task.source)
-    if found is None:
-        raise DataError(
-            f"source {task.source!r}: expected a file (.csv, .tsv, .jsonl, .json, .parquet) or a hub name"
-            f" as owner/name or owner/name:config"
-        )
-    where = f"hub data set {task.source}"
-    splits = _download(found["path"], found["config"], where)
+    splits = _splits(task.source)
     chosen: dict[Split, str] = {"train": "train"}
     dev = task.dev or next((name for name in _DEV_NAMES if name in splits), "")
     test = task.test or ("test" if "test" in splits else "")
     chosen |= {"dev": dev} if dev else {}
     chosen |= {"test": test} if test else {}
-    for name in chosen.values():
-        if name not in splits:
-            raise DataError(f"{where}: {unknown('split', name, splits)}")
-    tables = {split: table_of(splits[name], f"{where}, split {name}") for split, name in chosen.items()}
+    tables = {split: _table(task.source, splits, name) for split, name in chosen.items()}
     if "test" in tables and not task.test and not _has_labels(tables["test"], task.label):
         del tables["test"]
     return tables
 
 
-def _download(path: str, config: str | None, where: str) -> dict[str, object]:
+def hub_table(source: str, split: str) -> Table:
+    """One split of a hub data set, named as in ``hub_tables``. Raises DataError."""
+    return _table(source, _splits(source), split)
+
+
+def _splits(source: str) -> dict[str, Dataset]:
+    found = _NAME.fullmatch(source)
+    if found is None:
+        raise DataError(
+            f"source {source!r}: expected a file (.csv, .tsv, .jsonl, .json, .parquet) or a hub name"
+            f" as owner/name, owner/name:config or owner/name@revision"
+        )
+    return _download(found["path"], found["config"], found["revision"], _where(source))
+
+
+def _where(source: str) -> str:
+    return f"hub data set {source}"
+
+
+def _table(source: str, splits: dict[str, Dataset], name: str) -> Table:
+    if name not in splits:
+        raise DataError(f"{_where(source)}: {unknown('split', name, splits)}")
+    return table_of(splits[name], f"{_where(source)}, split {name}")
+
+
+def _download(path: str, config: str | None, revision: str | None, where: str) -> dict[str, Dataset]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(path, config)
+        loaded = datasets.load_dataset(path, config, revision=revision)
     except Exception as error:
         # The hub's client raises errors of several libraries; to the user they all mean the same.
         reason = (str(error).splitlines() or [""])[0]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Error, Message
 
 from clients.app import make_client_app
 from experiments.inprocess import InProcessGrid
@@ -47,6 +47,19 @@ class TamperedGrid(InProcessGrid):
             client, number, kind = self.asked[reply.metadata.reply_to_message_id]
             out += self.tamper(client, number, reply) if kind == "train" else [reply]
         return out
+
+
+def only(counted: Mapping[int, Collection[int]]) -> Tamper:
+    """Loses each training reply but those of the clients in ``counted``, by round."""
+
+    def tamper(client: int, number: int, reply: Message) -> list[Message]:
+        if client in counted[number]:
+            return [reply]
+        lost = Message(Error(code=5, reason="lost"), reply_to=reply)
+        lost.metadata.__dict__.update(reply.metadata.__dict__)
+        return [lost]
+
+    return tamper
 
 
 class ShuffledGrid(InProcessGrid):

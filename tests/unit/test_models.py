@@ -162,6 +162,17 @@ def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
         assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
+def test_a_peft_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
+    """transformers opens ``adapter_model.bin`` where peft is installed, and says nothing elsewhere."""
+    folder = save_checkpoint(tmp_path / "m")
+    load_backbone(str(folder))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_model.bin").write_bytes(b"never opened")
+    with pytest.raises(ConfigError, match=r"found a PEFT adapter with it.*merge_and_unload") as error:
+        load_backbone(str(folder))
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
 def test_weights_of_another_architecture_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     """transformers fills in random numbers and only logs it."""
     folder = save_checkpoint(tmp_path / "m")

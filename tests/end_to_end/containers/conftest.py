@@ -1,15 +1,17 @@
 """For ``make test-containers``: these tests are collected only when FEDMASK_TEST_CONTAINERS is set.
 
-With ``required`` in it a machine that cannot have an engine is a failure; else it is a reason to skip. The
-image is built while the tests run that need no container: they come first.
+With ``required`` in it a machine that cannot have an engine is a failure; else it is a reason to skip. Each
+file has a worker of its own: the image is built while the tests run that need no container, and the
+containers get the machine when these have ended.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,66 +23,52 @@ HERE = Path(__file__).parent
 NO_ENGINE = 3
 
 
-class NoEngine(Exception):
-    """Why this machine cannot have one."""
+@contextlib.contextmanager
+def machine(factory: pytest.TempPathFactory, *, alone: bool) -> Iterator[None]:
+    """The machine, shared with the other process tests or ``alone``: a round in containers has a deadline."""
+    root = factory.getbasetemp()
+    root = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
+    with (root / "machine.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests in containers go last."""
-    items.sort(key=needs_containers)
+@pytest.fixture(scope="module", autouse=True)
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A file without containers keeps its share until its last test has ended."""
+    if any("containers" in item.fixturenames for item in request.node.collect()):
+        yield
+    else:
+        with machine(tmp_path_factory, alone=False):
+            yield
 
 
-def needs_containers(item: pytest.Item) -> bool:
-    return "containers" in getattr(item, "fixturenames", ())
-
-
-def start_engine(environment: dict[str, str]) -> dict[str, str]:
-    """The environment for docker and compose, from one that no test has changed. Raises NoEngine."""
-    started = subprocess.run(
-        [str(HERE / "engine.sh"), "start"], env=environment, capture_output=True, text=True, check=False
-    )
+def start_engine() -> dict[str, str]:
+    """The environment for docker and compose. A machine that cannot have an engine says why."""
+    started = subprocess.run([str(HERE / "engine.sh"), "start"], capture_output=True, text=True, check=False)
     if started.returncode == NO_ENGINE:
-        raise NoEngine(started.stderr.strip().splitlines()[-1])
+        reason = started.stderr.strip().splitlines()[-1]
+        (pytest.fail if os.environ["FEDMASK_TEST_CONTAINERS"] == "required" else pytest.skip)(reason)
     assert started.returncode == 0, started.stderr
     command = ["bash", "-c", f"{started.stdout}\nenv -0"]
-    words = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    words = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return dict(word.split("=", 1) for word in words.split("\0") if "=" in word)
 
 
-def build(folder: Path, environment: dict[str, str]) -> Containers:
-    """A federation of four clients that can be started."""
-    made = Containers(start_engine(environment), folder)
-    made.compose("build", minutes=15)
-    return made
-
-
-@pytest.fixture(scope="session", autouse=True)
-def building(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Future[Containers] | None]:
-    """The federation on its way, where some test needs it; the engine ends with the tests."""
-    if not any(map(needs_containers, request.session.items)):
-        yield None
-        return
-    folder = tmp_path_factory.mktemp("containers")
-    write_data(folder)  # here: two threads that import transformers at a time disturb each other
-    with ThreadPoolExecutor(1) as worker:
-        yield worker.submit(build, folder, dict(os.environ))
-    subprocess.run([str(HERE / "engine.sh"), "stop"], check=False)
-
-
 @pytest.fixture(scope="session")
-def containers(building: Future[Containers]) -> Iterator[Containers]:
-    """The federation, started as a user would; gone afterwards. A machine without an engine says why."""
+def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]:
+    """A federation of four clients, started as a user would; it and the engine are gone afterwards."""
+    folder = tmp_path_factory.mktemp("containers")
+    write_data(folder)
+    made = Containers(start_engine(), folder)
     try:
-        made = building.result()
-    except NoEngine as reason:
-        (pytest.fail if os.environ["FEDMASK_TEST_CONTAINERS"] == "required" else pytest.skip)(str(reason))
-    try:
-        made.compose("up", "--build", "-d", minutes=15)
-        yield made
+        made.compose("build", minutes=15)
+        with machine(tmp_path_factory, alone=True):
+            made.compose("up", "--build", "-d", minutes=15)
+            yield made
     except BaseException:
         print(made.compose("logs", "--tail", "40", check=False)[-8000:])
         raise
     finally:
         made.compose("down", "-v", "-t", "3", check=False)
+        subprocess.run([str(HERE / "engine.sh"), "stop"], check=False)

@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Error, Message
-
 from fedmask.config import from_dict
 from server.app import RunResult
 from server.journal import JOURNAL
-from tests.apps.grids import TamperedGrid, run_on
+from tests.apps.grids import TamperedGrid, only, run_on
 from tests.support import WORDS, save_checkpoint, save_task
 
 ROOT = Path(__file__).parents[3]
@@ -291,14 +289,7 @@ class Containers:
         said = json.dumps({**config, "name": run, "runs_dir": str(folder), "workers": 1})
         settings = json.loads(said.replace('"/data/', f'"{self.data}/'))
 
-        def tamper(client: int, number: int, reply: Message) -> list[Message]:
-            if client in counted[number]:
-                return [reply]
-            lost = Message(Error(code=5, reason="lost"), reply_to=reply)
-            lost.metadata.__dict__.update(reply.metadata.__dict__)
-            return [lost]
-
-        return run_on(TamperedGrid(from_dict(settings), tamper))
+        return run_on(TamperedGrid(from_dict(settings), only(counted)))
 
 
 def until(condition: Callable[[], bool], seconds: float, what: str, pause: float = 1.0) -> None:

@@ -220,13 +220,13 @@ def test_an_unknown_variant_and_a_damaged_result_are_named(folder: Path) -> None
 def test_missing_files_are_named_with_where_to_get_them(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = {"name": "t", "train": "trec6/train.tsv", "reported": "trec6/dev.tsv", "hub": "CogComp/trec",
+    task = {"name": "t", "train": "trec6/train.tsv", "reported": "trec6/dev.tsv", "fetch": "CogComp/trec",
             "clients": 1, "train_rows": 5}  # fmt: skip
     study = study_of(folder, tasks=[task])
     monkeypatch.delenv("FEDMASK_DATA", raising=False)
-    with pytest.raises(ConfigError, match=r"--data or FEDMASK_DATA; fetch .* trec6: CogComp/trec"):
+    with pytest.raises(ConfigError, match=r"--data or FEDMASK_DATA; to make: trec6: CogComp/trec"):
         Campaign(study, folder / "out", None)
-    with pytest.raises(ConfigError, match=r"found no trec6/train\.tsv, trec6/dev\.tsv; fetch"):
+    with pytest.raises(ConfigError, match=r"found no trec6/train\.tsv, trec6/dev\.tsv; to make"):
         Campaign(study, folder / "out", folder)
 
 

@@ -106,7 +106,7 @@ def test_every_study_that_comes_with_the_project_is_sound(path: Path) -> None:
     assert study.full in names
     assert study.reference in names
     for task in study.tasks:
-        assert not task.train or task.hub, f"{task.name}: nobody would know where to get it"
+        assert not task.train or task.hub or task.fetch, f"{task.name}: nobody would know where to get it"
 
 
 def test_the_file_is_named_in_the_message(tmp_path: Path) -> None:

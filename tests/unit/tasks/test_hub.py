@@ -31,11 +31,11 @@ def task(**settings: Any) -> TaskConfig:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch):
     """Puts splits on a stand-in hub and records what was asked of it."""
-    asked: list[tuple[str, str | None]] = []
+    asked: list[tuple[str | None, ...]] = []
 
-    def serve(**splits: Dataset) -> list[tuple[str, str | None]]:
-        def load_dataset(path: str, name: str | None) -> DatasetDict:
-            asked.append((path, name))
+    def serve(**splits: Dataset) -> list[tuple[str | None, ...]]:
+        def load_dataset(path: str, name: str | None, *, revision: str | None) -> DatasetDict:
+            asked.append((path, name) if revision is None else (path, name, revision))
             return DatasetDict(splits)
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -52,6 +52,20 @@ def test_an_unlabelled_test_split_does_not_count(hub: Any) -> None:
     assert data.test["text"][:] == ["text 1", "text 2"]  # the published validation split is reported
     assert data.dev["text"][:] == [f"text {n}" for n in (0, 4, 5, 7, 30)]
     assert len(data.train) == 35 and data.train.column_names == ["text", "label", "idx"]
+
+
+@pytest.mark.parametrize(
+    "source, path, config",
+    [
+        ("CogComp/trec@refs/convert/parquet", "CogComp/trec", None),
+        ("nyu-mll/glue:cola@refs/convert/parquet", "nyu-mll/glue", "cola"),
+    ],
+)
+def test_a_revision_can_be_named(hub: Any, source: str, path: str, config: str | None) -> None:
+    """Data sets that come as a script can be read only as the hub converts them."""
+    asked = hub(train=split([1, 0] * 20), validation=split([1, 0], 1))
+    load_task(task(source=source))
+    assert asked == [(path, config, "refs/convert/parquet")]
 
 
 @pytest.mark.parametrize("name", ["validation", "dev", "valid", "val"])
@@ -99,7 +113,7 @@ def test_no_such_column(hub: Any) -> None:
 
 
 def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(path: str, name: str | None) -> None:
+    def load_dataset(path: str, name: str | None, *, revision: str | None) -> None:
         raise ConnectionError("no route\nand a long story")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
