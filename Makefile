@@ -48,9 +48,9 @@ demo: $(VENV)/.demo
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# A process for each of the three files.
+# A process for each of the four files.
 test-containers: $(VENV)/.dev
-	FEDMASK_TEST_CONTAINERS=$${FEDMASK_TEST_CONTAINERS:-1} $(BIN)/python -m pytest -n 3 --dist loadfile \
+	FEDMASK_TEST_CONTAINERS=$${FEDMASK_TEST_CONTAINERS:-1} $(BIN)/python -m pytest -n 4 --dist loadfile \
 		--durations=6 tests/end_to_end/containers
 
 lint: $(VENV)/.dev

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.containers.federation import Containers, write_data
+from tests.end_to_end.link import Site, superlink_at
 
 collect_ignore_glob = [] if os.environ.get("FEDMASK_TEST_CONTAINERS") else ["test_*.py"]
 HERE = Path(__file__).parent
@@ -72,3 +73,12 @@ def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]
     finally:
         made.compose("down", "-v", "-t", "3", check=False)
         subprocess.run([str(HERE / "engine.sh"), "stop"], check=False)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A SuperLink with two SuperNodes that keep what their clients remember on disk."""
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flower"))
+    monkeypatch.setenv("FEDMASK_STATE", str(tmp_path / "state"))
+    with superlink_at(tmp_path / "flower") as made:
+        yield made

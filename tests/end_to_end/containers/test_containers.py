@@ -17,7 +17,7 @@ import pytest
 
 from tests.end_to_end.containers.federation import CLIENTS, Containers, until
 
-DEADLINE = int(os.environ.get("FEDMASK_TEST_DEADLINE", "35"))  # seconds a round; a busy machine needs more
+DEADLINE = int(os.environ.get("FEDMASK_TEST_DEADLINE", "30"))  # seconds a round; a busy machine needs more
 ROUNDS = 3
 SETTINGS = ["--config", "/data/tiny.toml", "--name", "faults", "--rounds", str(ROUNDS)]
 
@@ -72,7 +72,7 @@ def test_clients_fail_and_the_run_ends_as_it_would_have_without_them(
         containers.heal(held[client], "client")
     until(partial(containers.is_healthy, held[0]), 150, "the killed client, started again")
     resumed = time.time()
-    run = containers.start_run(*options, "--resume", "--round-deadline", str(2 * DEADLINE))
+    run = containers.start_run(*options, "--resume", "--round-deadline", str(DEADLINE + 15))
     containers.wait_for_traffic("faults", 3, 2, "down", 240)
     containers.exhaust_memory(
         held[2], containers.apps(held[2])
