@@ -27,7 +27,7 @@ def test_a_straggler_s_late_reply_through_the_superlink(site: Site, tmp_path: Pa
     what it was sent.
     """
     config = remote_config(tmp_path)
-    server = config.server.model_copy(update={"timeout": 25.0, "min_replies": 1})
+    server = config.server.model_copy(update={"timeout": 45.0, "min_replies": 1})
     changes = {
         "name": "late",
         "server": server,
@@ -52,7 +52,7 @@ def test_a_straggler_s_late_reply_through_the_superlink(site: Site, tmp_path: Pa
         stop(run)
     rounds = read_rows(folder, "rounds")
     counted = {row["round"]: set(row["replied"]) for row in rounds}
-    assert rounds[1]["rejected"] == [{"client": 1, "reason": "no answer within 25 s"}]
+    assert rounds[1]["rejected"] == [{"client": 1, "reason": "no answer within 45 s"}]
     assert counted[1] == {0}
     late = {"client": 1, "reason": "a late reply: it answers round 1"}
     (where,) = [row["round"] for row in rounds if late in row["rejected"]]

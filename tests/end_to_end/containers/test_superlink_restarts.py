@@ -27,7 +27,7 @@ from tests.apps.grids import run_on
 from tests.end_to_end.processes import free_port, kill, none_left, start, stop, wait_for_health
 from tests.support import save_two_tasks
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 @dataclass
