@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.compare.budget import resolve
 from experiments.compare.choose import Winner, choose
-from experiments.compare.data import Prepared, prepare
+from experiments.compare.data import Prepared, from_hub, prepare
 from experiments.compare.plan import CELLS, Cell, fingerprint, grid, repeats, run_config, settings_of
 from experiments.compare.runner import Task
 from experiments.compare.study import Study, Variant
@@ -41,8 +41,19 @@ class Campaign:
         self.wanted = [study.variant(name) for name in only] or list(study.variants)
         self.retry = retry
         self.prepared: Mapping[str, Prepared] = prepare(study, data, out / "data")
+        if from_hub(study, data):
+            self._refuse_other_rows()
         self.sizes = resolve(study, partial(self._sized, lr=None))
         self._begun: set[Cell] = set()
+
+    def _refuse_other_rows(self) -> None:
+        """Runs on fetched rows would take the place of those on the files'."""
+        others = [one for one in all_results(self.out) if not self.counts(one)]
+        if others:
+            raise ConfigError(
+                f"{self.out}: {len(others)} results there are of other rows than those that the hub has; name"
+                " the data folder of theirs, or another --out"
+            )
 
     def _sized(self, variant: Variant, sizes: Mapping[str, Any], lr: float | None) -> RunConfig:
         settings = settings_of(self.study, variant, lr or variant.lr[0], self.study.seeds[0], sizes)

@@ -64,7 +64,7 @@ def _counted(study: Study, data: Path | None) -> tuple[Callable[[Result], bool],
     """Which results the report alone counts: those of the rows that are there now; else all, and a note."""
     try:
         with tempfile.TemporaryDirectory() as cut:
-            prepared = prepare(study, data, Path(cut))
+            prepared = prepare(study, data, Path(cut), fetch=False)
     except (ConfigError, DataError) as error:
         _say(f"not checked that the results are of the study's rows, which are not there: {error}")
         return lambda result: True, NOT_CHECKED

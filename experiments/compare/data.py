@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,39 +43,51 @@ def data_folder(given: Path | None) -> Path | None:
     return given or (Path(named).expanduser() if named else None)
 
 
-def prepare(study: Study, data: Path | None, out: Path) -> dict[str, Prepared]:
+def prepare(study: Study, data: Path | None, out: Path, *, fetch: bool = True) -> dict[str, Prepared]:
     """Write the files of all tasks into ``out`` (equal ones stay). Raises ConfigError and DataError.
 
-    ``data``: the folder that the study's file names start at; bundled tasks need none, nor do those that the
-    Hugging Face hub has: they are fetched where the files are missing.
+    ``data``: the folder that the study's file names start at; bundled tasks need none. Without it the rows
+    come from the Hugging Face hub, unless not to ``fetch``.
     """
-    _check_files(study, data)
+    _check_files(study, data, fetch)
     out.mkdir(parents=True, exist_ok=True)
     return {task.name: _prepare(task, data, out) for task in study.tasks}
 
 
-def _missing(task: StudyTask, data: Path | None) -> list[str]:
-    names = [name for name in (task.train, task.reported) if name]
-    return [name for name in names if data is None or not (data / name).is_file()]
+def from_hub(study: Study, data: Path | None) -> bool:
+    """Whether some of the rows come from the hub, whose order (and with it the cut) is not the files'."""
+    return data is None and any(task.hub is not None for task in study.tasks)
 
 
-def _check_files(study: Study, data: Path | None) -> None:
+def _check_files(study: Study, data: Path | None, fetch: bool) -> None:
     """All that is missing in one message, so that nobody is told piece by piece."""
     for task in study.tasks:
         if not task.train and task.name not in BUNDLED:
             raise ConfigError(f"{unknown('bundled task', task.name, BUNDLED)}; else name its files")
-    lacking = [task for task in study.tasks if task.hub is None and _missing(task, data)]
-    if not lacking:
-        return
-    files = _list([name for task in lacking for name in _missing(task, data)])
-    fetch = dict.fromkeys(f"{Path(task.train).parent}: {task.fetch}" for task in lacking if task.fetch)
-    advice = f"to make: {_list(list(fetch))}" if fetch else "give the files"
+    named = [task for task in study.tasks if task.train]
     if data is None:
-        raise ConfigError(
-            f"study {study.name!r} reads {files} below a data folder: name it by --data or {ENVIRONMENT};"
-            f" {advice}"
-        )
-    raise ConfigError(f"data folder {data}: found no {files}; {advice}")
+        lacking = [task for task in named if task.hub is None or not fetch]
+        where = f"study {study.name!r} reads {{}} below a data folder: name it by --data or {ENVIRONMENT}"
+    else:
+        lacking = [task for task in named if not all((data / name).is_file() for name in _files(task))]
+        where = f"data folder {data}: found no {{}}"
+    if lacking:
+        files = [name for task in lacking for name in _files(task)]
+        files = [name for name in files if data is None or not (data / name).is_file()]
+        raise ConfigError(f"{where.format(_list(files))}; {_advice(lacking, data)}")
+
+
+def _files(task: StudyTask) -> tuple[str, str]:
+    return task.train, task.reported
+
+
+def _advice(lacking: Sequence[StudyTask], data: Path | None) -> str:
+    made = dict.fromkeys(f"{Path(task.train).parent}: {task.fetch}" for task in lacking if task.fetch)
+    if made:
+        return f"to make: {_list(list(made))}"
+    if data is not None and all(task.hub is not None for task in lacking):
+        return "give the files, or no data folder: then the rows are fetched from the Hugging Face hub"
+    return "give the files"
 
 
 def _list(names: Sequence[str]) -> str:
@@ -87,31 +100,30 @@ def _tables(task: StudyTask, data: Path | None) -> tuple[Table, Table]:
     if not task.train:
         bundled = bundled_table(task.name)
         return bundled, bundled
-    missing = _missing(task, data)
-    if not missing:
-        assert data is not None
+    if data is not None:
         return read_file(data / task.train), read_file(data / task.reported)
     assert task.hub is not None  # checked above
+    print(
+        f"task {task.name}: no data folder, so its rows come from the hub: {task.hub.source}", file=sys.stderr
+    )
     try:
         return _from_hub(task, task.hub, task.hub.train), _from_hub(task, task.hub, task.hub.reported)
     except DataError as error:
         raise DataError(
-            f"task {task.name!r}: {_list(missing)}: not below"
-            f" {f'data folder {data}' if data else f'a data folder (--data or {ENVIRONMENT})'}; {error}"
+            f"task {task.name!r}: no data folder (--data or {ENVIRONMENT}) for {_list(_files(task))}; {error}"
         ) from None
 
 
 def _from_hub(task: StudyTask, hub: HubRows, split: str) -> Table:
-    """A split under the study's names of columns, with labels by name where the hub keeps class numbers."""
+    """A split under the study's names of columns. Classes stay numbers: their order is the hub's."""
     found = hub_table(hub.source, split)
     there = dict(
         zip((*task.text, task.label), (*(hub.text or task.text), hub.label or task.label), strict=True)
     )
-    columns = {name: found.column(name) for name in found.columns}
-    columns |= {name: found.column(other) for name, other in there.items()}
+    columns = dict(found.columns) | {name: found.column(other) for name, other in there.items()}
     classes = found.classes.get(there[task.label])
-    if classes is not None:
-        columns[task.label] = [classes[int(str(number))] for number in columns[task.label]]
+    if classes is not None and not set(columns[task.label]) <= set(range(len(classes))):
+        raise DataError(f"{found.where}: expected a label in each row, found rows without one (often -1)")
     return Table(found.where, columns)
 
 

@@ -56,7 +56,7 @@ class StudyTask(Settings):
     ``train`` is cut into ``train_rows`` that are dealt to the clients and ``validation_rows`` that choose
     the learning rate; ``reported`` holds the rows that are reported, which choose nothing. A bundled task
     gives all three from its one table. ``where``: only rows whose columns have these values. ``hub``: from
-    where the rows are fetched when the files are not there; ``fetch``: what to do where no hub has them.
+    where the rows are fetched when no data folder is named; ``fetch``: how to get files that no hub has.
     """
 
     name: Name
@@ -83,6 +83,8 @@ class StudyTask(Settings):
     def _both_files_or_none(self) -> StudyTask:
         if bool(self.train) != bool(self.reported):
             raise ConfigError("reported: train and reported are two files; name both, or none (bundled)")
+        if not self.train and (self.hub is not None or self.fetch):
+            raise ConfigError("train: hub and fetch say where named files come from; a bundled task has none")
         if self.hub is not None and len(self.hub.text) not in (0, len(self.text)):
             raise ConfigError(f"hub.text: expected {len(self.text)} columns, found {len(self.hub.text)}")
         if not self.train and self.reported_rows is None:

@@ -137,17 +137,19 @@ def _equal(study: Study, rows: Sequence[Summary]) -> list[Table]:
         return []
     out = []
     views: tuple[tuple[str, str, Callable[[Summary], float]], ...] = (
-        ("equal_values", "trained and sent values", lambda row: row.numbers["sent_values"]),
+        ("equal_values", "sent values", lambda row: row.numbers["sent_values"]),
         ("equal_bytes", "payload bytes over the whole run", lambda row: row.numbers["payload"]),
     )
     for name, words, value in views:
         goal = value(reference)
         near = [row for row in rows if abs(value(row) - goal) <= TOLERANCE * goal]
         if len(near) > 1:
-            header = ("variant", "sent values", "whole run", "final", "best", f"against {study.reference}")
+            header = ("variant", "trained values", "sent values", "whole run", "final", "best",
+                      f"against {study.reference}")  # fmt: skip
             cells = [
                 [
                     row.name,
+                    f"{row.numbers['trained_values']:,.0f}",
                     f"{row.numbers['sent_values']:,.0f}",
                     size(row.numbers["payload"]),
                     spread(row.final),

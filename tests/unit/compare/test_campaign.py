@@ -226,7 +226,9 @@ def test_missing_files_are_named_with_where_to_get_them(
     monkeypatch.delenv("FEDMASK_DATA", raising=False)
     with pytest.raises(ConfigError, match=r"--data or FEDMASK_DATA; to make: trec6: CogComp/trec"):
         Campaign(study, folder / "out", None)
-    with pytest.raises(ConfigError, match=r"found no trec6/train\.tsv, trec6/dev\.tsv; to make"):
+    with pytest.raises(
+        ConfigError, match=r"found no trec6/train\.tsv, trec6/dev\.tsv; to make: trec6: CogComp/trec"
+    ):
         Campaign(study, folder / "out", folder)
 
 
