@@ -23,7 +23,7 @@ from clients.link import held_version, packed_change, received, round_of
 from clients.seat import claim_seat, seat_of
 from clients.specific import own_scores
 from fedmask.channel import Behind
-from fedmask.codecs import unpack_indices
+from fedmask.codecs import WrongDigest, unpack_indices
 from fedmask.config import RunConfig
 from fedmask.errors import CheckpointError, DataError, unknown
 from fedmask.flower import (
@@ -178,8 +178,17 @@ def _own_rows(workspace: Workspace, partition: int) -> list[int]:
 def _vector(
     workspace: Workspace, context: Context, partition: int, content: RecordDict, version: int
 ) -> np.ndarray:
+    """What the server sent. ``RecordError`` where it is of a mask that this client must be sent (again)."""
+    if workspace.rule is not None and workspace.mask is None:
+        raise RecordError(f"{NOT_JOINED}: expected the run's mask before any vector, found none")
     frame = record_bytes(_one(content, ARRAYS, ArrayRecord))
-    return received(workspace, context, partition, frame, version)
+    try:
+        return received(workspace, context, partition, frame, version)
+    except WrongDigest as error:
+        if MASK in context.state:
+            raise
+        # It derives another mask than the server, and the one that it was sent went with its state.
+        raise RecordError(f"{NOT_JOINED}: {error}") from error
 
 
 def _join(workspace: Workspace, partition: int, content: RecordDict) -> RecordDict:

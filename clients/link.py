@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 import fedmask._env  # noqa: F401  (before flwr is imported)
-from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Context, RecordDict
 
 from fedmask.channel import Received, Residual, Terms, down_way, receive, up_codec
 from fedmask.codecs import encode_update
@@ -28,7 +28,9 @@ def received(workspace: Workspace, context: Context, client: int, frame: bytes, 
     Raises ``Behind`` when ``frame`` holds changes of a vector that this client does not have.
     """
     keeps = down_way(workspace.config.down).change
-    held = (held_vector(context) if keeps else None) or _nothing(workspace, client)
+    # A node that was started again may derive another mask than the one that it had been sent before.
+    keeps_mask = _notes(context).get("mask", workspace.digest) == workspace.digest
+    held = (held_vector(context) if keeps and keeps_mask else None) or _nothing(workspace, client)
     found = receive(
         frame,
         held,
@@ -38,6 +40,7 @@ def received(workspace: Workspace, context: Context, client: int, frame: bytes, 
     )
     if keeps:
         keep_vector(context, found)
+        _note(context, {"mask": workspace.digest})
     return found.vector
 
 
@@ -139,15 +142,17 @@ def _residual(context: Context, terms: Terms, round: int, counted: int | None) -
     return found if found is None or found.size == terms.layout.size else None
 
 
-def _note(context: Context, more: dict[str, int | str]) -> None:
+def _notes(context: Context) -> dict[str, ConfigRecordValues]:
     notes = context.state.get(NOTES)
-    kept = dict(notes) if isinstance(notes, ConfigRecord) else {}
-    context.state[NOTES] = ConfigRecord({**kept, **more})
+    return dict(notes) if isinstance(notes, ConfigRecord) else {}
+
+
+def _note(context: Context, more: dict[str, int | str]) -> None:
+    context.state[NOTES] = ConfigRecord({**_notes(context), **more})
 
 
 def _noted(context: Context, key: str) -> int:
-    notes = context.state.get(NOTES)
-    found = notes.get(key) if isinstance(notes, ConfigRecord) else None
+    found = _notes(context).get(key)
     if not isinstance(found, int):
         raise RecordError(f"this client's state: expected a whole number as {key!r}, found {found!r}")
     return found

@@ -6,13 +6,16 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from clients.app import make_client_app
+from clients.link import received
 from experiments.inprocess import InProcessGrid
-from fedmask.codecs import index_entropy_bytes
+from fedmask.channel import Behind, advance, frame_for, start_public
+from fedmask.codecs import codec_for, index_entropy_bytes
 from fedmask.config import RunConfig
 from fedmask.errors import FederationError
 from fedmask.flower import ARRAYS, CONFIG, KERNEL, MASK, PRECISION, RECIPE, record_bytes
@@ -99,6 +102,21 @@ def test_a_client_that_derives_another_mask_gets_it_and_keeps_it(make_config: Ma
     assert [row["rejected"] for row in read_rows(run.folder, "rounds")] == [[], [], []]
     assert run.summary["vector_sha256"] == run_on(InProcessGrid(config)).summary["vector_sha256"]
     assert len(grid.states) == 1  # the others keep nothing between messages
+
+
+def test_a_vector_of_another_mask_is_not_built_on(make_config: MakeConfig) -> None:
+    """Where nothing was to be sent, nothing that is sent names the mask of what the client holds."""
+    config = make_config(method="pafi", down="fp32+delta")
+    workspace = get_workspace(config)
+    other = get_workspace(config.model_copy(update={"method": "random", "name": "restarted"}))
+    context, terms = Context(1, 1, {}, RecordDict(), {}), workspace.change_terms(0, 1)
+    start = start_public(terms.layout.size)
+    public = advance(start, np.ones(terms.layout.size, np.float32), terms, codec_for("fp32"))
+    received(workspace, context, 0, frame_for(public, 0, terms), 1)
+    nothing = frame_for(public, 1, terms)
+    assert received(workspace, context, 0, nothing, 1).tolist() == public.vector.tolist()
+    with pytest.raises(Behind, match="expected to hold version 1, found 0"):
+        received(other, context, 0, nothing, 1)
 
 
 def test_another_checkpoint_is_refused_by_name(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ from fedmask.flower import SEAT
 from server import joining
 from server.journal import Journal, with_journal
 from server.seats import whom_to_ask
-from tests.apps.grids import read_rows, run_on
+from tests.apps.grids import TamperedGrid, only, read_rows, run_on
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -98,6 +100,56 @@ def test_a_node_that_was_started_again_gets_its_own_seat_again(
     assert "this node has not joined the run" in lost[0]["reason"]
     again = [row for row in read_rows(run.folder, "ledger") if row["kind"] == "mask" and row["round"] == 3]
     assert {row["client"] for row in again if row["direction"] == "up"} == seats
+    settled = json.loads((run.folder / "config.json").read_text())["config"]["precision"]
+    others = without_in_round_2(make_config(name="others", rounds=4, precision=settled), *seats)
+    assert run.summary["vector_sha256"] == others
+
+
+class Processes(Nodes):
+    """Numbered nodes. Node 3 works in a new process each time, which by itself follows ``own``."""
+
+    def __init__(self, config: RunConfig, folder: Path, patch: pytest.MonkeyPatch, own: dict[str, str]):
+        super().__init__(config, folder, patch, {number: number for number in range(5)})
+        self.config, self.own, self.count, self.others = config, own, 0, self.app
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        self.count += 1
+        new = self.config.model_copy(update={"name": f"process-{self.count}", **self.own})
+        self.app = make_client_app(new) if context.node_config["partition-id"] == 3 else self.others
+        return super().__call__(message, context)
+
+
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [({"method": "fish", "scores": {"samples": 8}}, {}), ({"method": "pafi"}, {"method": "random"})],
+    ids=["an agreed mask", "other than its own"],
+)
+def test_a_numbered_node_that_lost_the_server_s_mask_is_sent_it_again(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    own: dict[str, str],
+) -> None:
+    """Under its old id, as with a registered key: without a word from it nobody would ask it to join."""
+    config = make_config(rounds=3, **settings)
+    grid = ClaimingGrid(config, Processes(config, tmp_path / "state", monkeypatch, own), 5)
+    grid.restarted = 2, False
+    run = run_on(grid, engine="superlink")
+    rows = read_rows(run.folder, "rounds")
+    assert [len(row["replied"]) for row in rows] == [0, 5, 4, 5]
+    (lost,) = rows[2]["rejected"]
+    assert lost["client"] == 3 and "this node has not joined the run: " in lost["reason"]
+    down = [row["kind"] for row in read_rows(run.folder, "ledger")
+            if (row["client"], row["round"], row["direction"]) == (3, 3, "down")]  # fmt: skip
+    assert down == ["mask", "mask", "train"]  # offer, mask and vector
+    assert run.summary["vector_sha256"] == without_in_round_2(make_config(name="w", rounds=3, **settings), 3)
+
+
+def without_in_round_2(config: RunConfig, client: int) -> str:
+    """The digest of the same run in which a client says nothing in round 2."""
+    counted = {round: [one for one in range(5) if (one, round) != (client, 2)] for round in range(1, 5)}
+    return str(run_on(TamperedGrid(config, only(counted))).summary["vector_sha256"])
 
 
 def test_a_node_that_comes_back_with_nothing_is_sent_the_whole_at_once(
