@@ -79,6 +79,7 @@ def exchange(
     enough: Callable[[], bool] = lambda: False,
     late: Late | None = None,
     note: Note = no_note,
+    end: float | None = None,
 ) -> list[Answer]:
     """Send all requests and wait for the answers, in the order of the requests.
 
@@ -87,7 +88,8 @@ def exchange(
     second reply to one message is a rejected answer of its own, after all others; so is a reply to one of
     the ``late`` messages, which is taken out of them. No more is waited for once ``enough()``. ``note`` is
     told of all messages before they are sent, and of each reply as it comes, after ``arrived``. A reply of
-    more than ``most`` bytes is rejected before anything copies it.
+    more than ``most`` bytes is rejected before anything copies it. ``end``: when (``time.monotonic()``) the
+    wait ends that began before these requests; None: ``timeout`` seconds from now.
     """
     asked = list(requests)
     messages = [
@@ -115,7 +117,8 @@ def exchange(
                 arrived(answer)
     del messages
     late = {} if late is None else late
-    doubles = _collect(grid, waiting, time.monotonic() + timeout, arrived, most, enough, late, note)
+    end = time.monotonic() + timeout if end is None else end
+    doubles = _collect(grid, waiting, end, arrived, most, enough, late, note)
     reason = SURPLUS if enough() else f"no answer within {timeout:g} s"
     for name, answer in waiting.items():
         answer.fail("failed", reason)

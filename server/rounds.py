@@ -42,6 +42,7 @@ from server.uplink import own_mask, up_terms
 
 Row = dict[str, Any]
 _LATE_ROUNDS = 3  # for so many rounds a late reply is looked for, to be counted and named
+_NO_TIME = "it had lost what it was sent before, and the round had no time left"
 _ADDED = np.empty(0, np.float32)
 
 
@@ -136,7 +137,7 @@ class Federation:
                 good.append(replace(reply, change=_ADDED))  # whether the change is kept is the tally's affair
             self.observer.on_reply(answer.client)
 
-        answers = self._exchange(state, round, clients, TRAIN, arrived, enough)
+        answers, behind = self._exchange(state, round, clients, TRAIN, arrived, enough)
         enter(self.ledger, round, "train", answers)
         row = self._row(round, clients, answers)
         if len(good) < self.config.server.min_replies:
@@ -146,6 +147,7 @@ class Federation:
                 f" (server.min_replies), found {len(good)} of {len(clients)} ({reasons})"
             )
         combined = within_bounds(tally.result())
+        state.confirm(behind)
         held = state.held | {reply.client: state.round for reply in good}
         own = {reply.client: reply.indices for reply in good if reply.indices is not None}
         holders = state.holders.with_round(round, own) if own else state.holders
@@ -183,12 +185,9 @@ class Federation:
         The one evaluation that costs a download of its own. Clients that fail are left out, and listed with
         their reasons.
         """
-        answers = self._exchange(
-            state,
-            state.round,
-            tuple(sorted(self.roster.nodes)),
-            EVALUATE,
-            lambda answer: self.observer.on_reply(answer.client),
+        clients = tuple(sorted(self.roster.nodes))
+        answers, _ = self._exchange(
+            state, state.round, clients, EVALUATE, lambda answer: self.observer.on_reply(answer.client)
         )
         pairs: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}, "score": {}}
         counted: dict[str, int] = {}
@@ -220,7 +219,9 @@ class Federation:
         kind: Kind,
         arrived: Callable[[Answer], None],
         enough: Callable[[], bool] = lambda: False,
-    ) -> list[Answer]:
+    ) -> tuple[list[Answer], dict[int, int]]:
+        """All answers; and by client the versions of those that hold another one than they had confirmed."""
+        end = time.monotonic() + self.config.server.timeout
         behind: dict[int, int] = {}
 
         def came(answer: Answer) -> None:
@@ -231,14 +232,19 @@ class Federation:
                 answer.reply = None
                 behind[answer.client] = held
 
-        answers = self._ask(state, round, clients, state.held, kind, came, enough)
-        if behind and not enough():
-            answers += self._ask(state, round, tuple(sorted(behind)), dict(behind), kind, came, enough)
+        answers = self._ask(state, round, clients, state.held, kind, came, enough, end)
+        if time.monotonic() >= end:  # it is sent what it needs in the next round
+            for answer in answers:
+                if answer.client in behind and answer.status == "ok":
+                    answer.fail("failed", _NO_TIME)
+                    arrived(answer)
+        elif behind and not enough():
+            answers += self._ask(state, round, tuple(sorted(behind)), dict(behind), kind, came, enough, end)
         if kind == TRAIN:
             waited = {name: at for name, at in self.late.items() if round - at[1] < _LATE_ROUNDS}
             out = {answer.message_id: (answer.request, round) for answer in answers if answer.message_id}
             self.late = waited | out
-        return answers
+        return answers, behind
 
     def _ask(
         self,
@@ -249,18 +255,19 @@ class Federation:
         kind: Kind,
         arrived: Callable[[Answer], None],
         enough: Callable[[], bool],
+        end: float,
     ) -> list[Answer]:
         contents = down_contents(self.workspace, state, round, held, clients)
         requests = [Request(self.roster.nodes[client], client, contents[client]) for client in clients]
-        seconds = self.config.server.timeout
         late = self.late if kind == TRAIN else None
         note = partial(self.journal.note, round, kind) if self.journal else no_note
         # The layout of a run of views is without the client's mask; its indices may come with the values.
         longest = max(self.workspace.layout(task).size for task in self.workspace.tasks)
         most = most_bytes(2 * self.workspace.k + longest)
         return exchange(
-            self.grid, requests, kind, seconds, arrived, most=most, enough=enough, late=late, note=note
-        )
+            self.grid, requests, kind, self.config.server.timeout, arrived,
+            most=most, enough=enough, late=late, note=note, end=end,
+        )  # fmt: skip
 
     def _judge(self, answer: Answer, state: RunState) -> list[Contribution]:
         """A reply as a contribution, or none with the reason in the answer; the reply itself is let go."""

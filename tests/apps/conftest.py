@@ -32,7 +32,9 @@ def server_s_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr("server.exchange.time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    clock = SimpleNamespace(monotonic=lambda: now, sleep=sleep)
+    for module in ("exchange", "rounds"):
+        monkeypatch.setattr(f"server.{module}.time", clock)
 
 
 @pytest.fixture
