@@ -18,9 +18,9 @@ def _demo() -> RunConfig:
 
 def _report(result: RunResult) -> None:
     # Imported when needed: every message to a client starts a process that imports this module.
-    from experiments.report import write_report
+    from experiments.report import report_of_complete
 
-    write_report(result.folder)
+    report_of_complete(result.folder)
 
 
 client_app = make_client_app(default=_demo)

@@ -95,14 +95,14 @@ def run_federation(config: RunConfig, engine: Engine, *, as_json: bool) -> None:
     existing: Existing = "overwrite" if engine.overwrite else "resume" if engine.resume else "refuse"
     RunFolder(config, existing)
     from experiments.engines import run_inprocess, run_ray
-    from experiments.report import write_report
+    from experiments.report import report_of_complete
 
     with RunProgress({task.name: task.metric for task in config.tasks}) as progress:
         if engine.name == "ray":
             result = run_ray(config, progress, existing=existing, backend=backend)
         else:
             result = run_inprocess(config, progress, existing=existing)
-    report = write_report(result.folder)
+    report = report_of_complete(result.folder)
     _show(read_run(result.folder), report, as_json=as_json)
 
 
@@ -122,18 +122,19 @@ def _run_remote(config: RunConfig, engine: Engine, *, as_json: bool) -> None:
         resume=engine.resume,
     )
     if remote.summary is not None:
-        _show(read_run(remote.folder), remote.folder / "report.md", as_json=as_json)
+        written = remote.folder / "report.md"
+        _show(read_run(remote.folder), written if written.is_file() else None, as_json=as_json)
     elif as_json:
         print_json({"run_id": remote.run_id, "folder": str(remote.folder), "host": remote.host})
     else:
         print(f"Run {remote.run_id}: {remote.folder} on {remote.host} (report.md is there)")
 
 
-def _show(run: Run, report: Path, *, as_json: bool) -> None:
+def _show(run: Run, report: Path | None, *, as_json: bool) -> None:
     rows = comparisons(run)
     if as_json:
         print_json(
-            {"folder": str(run.folder), "report": str(report), "summary": run.summary,
+            {"folder": str(run.folder), "report": str(report) if report else None, "summary": run.summary,
              "quality": quality(run), "traffic": traffic(run), "comparisons": rows}
         )  # fmt: skip
         return
@@ -162,4 +163,5 @@ def _show(run: Run, report: Path, *, as_json: bool) -> None:
     if evaluation:
         print(f"Not in it: {size(evaluation)} of payload for the closing evaluation on the clients.")
     print(f"Whole Flower messages: {size(whole)} for {size(measured_bytes(run))} of payload.")
-    print(f"Report: {report}")
+    if report:
+        print(f"Report: {report}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from experiments.overlap_figures import GROWTH, GROWTH_COLUMNS, JACCARD, LAYERS,
 from experiments.report_template import TEMPLATE
 from experiments.results import comparisons, quality, repeated, score, size, traffic, trained, usable
 from experiments.runs import Run, read_run
+
+log = logging.getLogger("flwr")
 
 
 def write_report(folder: str | Path, beside: str | Path | None = None) -> Path:
@@ -31,6 +34,19 @@ def write_report(folder: str | Path, beside: str | Path | None = None) -> Path:
     new.write_text(render(run, other), encoding="utf-8")
     os.replace(new, path)
     return path
+
+
+def report_of_complete(folder: Path) -> Path | None:
+    """``write_report`` of a run that has just ended; None, with a line in the log, where that fails.
+
+    The run is complete and cannot be lost by it: the report can be written at any time.
+    """
+    try:
+        return write_report(folder)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        log.warning("fedmask: no report (%s); it is written by: fedmask report %s", reason, folder)
+        return None
 
 
 def render(run: Run, other: Run | None = None) -> str:

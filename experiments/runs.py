@@ -108,7 +108,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # In bytes: a line may end inside a letter, where a run that is not over was broken off.
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:

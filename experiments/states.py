@@ -13,11 +13,13 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from experiments.wire import Parcel, is_whole
 from server.observer import Silent
+from server.record import writing
 
 FOLDER, OBJECTS = "clients", "objects"
 _OBJECT = re.compile("[0-9a-f]{64}")  # what Flower calls an object
@@ -49,15 +51,19 @@ class States:
         return Parcel(root, {name: self._pieces[name] for name in names})
 
     def put(self, node: int, state: Parcel | None) -> None:
-        """Keep ``state`` for a node instead of what it had, on disk too after ``keep_in``."""
+        """Keep ``state`` for a node instead of what it had, on disk too after ``keep_in``.
+
+        Raises ``FederationError`` for what the disk refuses.
+        """
         before = self._kept.pop(node, None)
         if state is not None:
             names = tuple(self._take(name, piece) for name, piece in state.objects.items())
             self._kept[node] = self._names[state.root], names
-        if self._folder is not None and before != self._kept.get(node):
-            self._write(self._folder, node)
-        for name in before[1] if before else ():
-            self._drop(name)
+        with writing(self._folder.parent) if self._folder is not None else nullcontext():
+            if self._folder is not None and before != self._kept.get(node):
+                self._write(self._folder, node)
+            for name in before[1] if before else ():
+                self._drop(name)
 
     def keep_in(self, folder: Path) -> None:
         """Write what changes from now on into ``folder``."""
@@ -138,8 +144,12 @@ def _whole(path: Path) -> bytes:
 
 def _replace(path: Path, data: bytes) -> None:
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())  # a page must not outlive the pieces that it names
-    os.replace(part, path)
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # a page must not outlive the pieces that it names
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

@@ -252,8 +252,12 @@ def _finish(
             f"how far the clients' own masks overlap was not measured ({type(error).__name__}: {error})"
         )
     summary["seconds"] = time.monotonic() - began
-    folder.write_summary(summary)
-    forget_states(folder.path)
+    try:
+        folder.write_summary(summary)
+        forget_states(folder.path)
+    except OSError as error:
+        summary["notes"].append(f"the summary's last version was not written ({error.strerror})")
+        log.warning("fedmask: %s: %s", folder.path, summary["notes"][-1])
     return summary
 
 

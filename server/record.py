@@ -32,7 +32,8 @@ class RunFolder:
 
     ``existing`` says what an existing folder means: ``refuse`` (``ConfigError``), ``overwrite`` (an
     older run there is replaced; anything else is refused), ``number`` (``name-2``, ``name-3``, ...:
-    for apps that nobody can ask) or ``resume`` (it must be a run). Nothing is touched before ``create``.
+    for apps that nobody can ask) or ``resume`` (it must be a run; ``create`` is for one that begins again).
+    Nothing is touched before ``create``.
     """
 
     def __init__(self, config: RunConfig, existing: Existing = "refuse") -> None:
@@ -52,7 +53,7 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path}: expected a new folder or an older run, found something else; remove it"
             )
-        if self.existing != "overwrite":
+        if self.existing not in ("overwrite", "resume"):
             finished = (self.path / "summary.json").is_file()
             how = "" if finished else "go on with it by --resume, "
             raise ConfigError(
@@ -155,9 +156,13 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def _replace(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    os.replace(beside, path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        sync(beside)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def sync(path: Path) -> None:

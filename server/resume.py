@@ -38,7 +38,7 @@ PREVIOUS = "state.previous.safetensors"
 FREE = ("name", "runs_dir", "rounds", "workers", "server.min_replies", "server.timeout",
         "server.join_timeout")  # fmt: skip
 _FORMAT, _SHARED, _STRATEGY = "fedmask-state", "shared", "strategy/"
-_INSTEAD = "start it again with --overwrite, or give another name"
+_INSTEAD = "start it again with --overwrite (on a SuperLink without --resume), or give another name"
 log = logging.getLogger("flwr")
 
 
@@ -162,9 +162,10 @@ def forget_states(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def interrupted(folder: Path, config: RunConfig) -> Point:
+def interrupted(folder: Path, config: RunConfig) -> Point | None:
     """Where the run in ``folder`` goes on with ``config``. Changes nothing.
 
+    None: it broke off before its first state was there, so there is nothing to lose and it begins again.
     Raises ``ConfigError`` for a run that is finished or was started with other settings (``FREE`` ones may
     differ), and when neither of the two states can be used.
     """
@@ -172,6 +173,9 @@ def interrupted(folder: Path, config: RunConfig) -> Point:
         raise ConfigError(f"{folder}: the run is finished, so there is nothing to resume; {_INSTEAD}")
     record = read_json(folder / "config.json")
     _same_settings(folder, from_dict(record["config"]), config)
+    if _not_begun(folder):
+        log.warning("fedmask: %s: broke off before anything was done; it begins again", folder)
+        return None
     problems = []
     for name in (STATE, PREVIOUS):
         try:
@@ -185,6 +189,14 @@ def interrupted(folder: Path, config: RunConfig) -> Point:
             raise ConfigError(f"rounds: {point.state.round} rounds are done already, found {config.rounds}")
         return point
     raise ConfigError(f"{folder}: cannot be resumed ({'; '.join(problems)}); {_INSTEAD}")
+
+
+def _not_begun(folder: Path) -> bool:
+    """Whether there never was a state: one is written after round 0, before any other round begins."""
+    if any((folder / name).exists() for name in (STATE, PREVIOUS)):
+        return False
+    rounds = folder / "rounds.jsonl"
+    return not rounds.exists() or len(list(_rows(rounds))) <= 1
 
 
 def _read(folder: Path, name: str, record: dict[str, Any]) -> Point:
@@ -214,8 +226,8 @@ def _read(folder: Path, name: str, record: dict[str, Any]) -> Point:
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    """The rows up to the first line that is none: an interrupted write leaves half a line."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """The rows up to the first line that is none: an interrupted write may end inside a letter."""
+    for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
         except ValueError:

@@ -18,14 +18,19 @@ import torch
 
 from clients.app import make_client_app
 from experiments.engines import run_inprocess
+from experiments.flower_app import _report
+from experiments.inprocess import _node_id
+from experiments.runs import read_run
+from experiments.states import FOLDER
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError, FederationError
 from server.observer import Silent
-from server.record import RunFolder
-from server.resume import STATE
+from server.overlap import measured_unions
+from server.record import RunFolder, unfinished
+from server.resume import PREVIOUS, STATE
 from tests.apps.fakes import quick_app
 from tests.apps.grids import read_rows
-from tests.apps.test_resume import assert_aborted_as_sent, assert_same, quick
+from tests.apps.test_resume import PowerCut, assert_aborted_as_sent, assert_same, cut, quick
 
 MakeConfig = Callable[..., RunConfig]
 # By client: how many kills, in a run of how many rounds (which they must not outlive), with which settings.
@@ -44,19 +49,20 @@ def make_config(make_config: MakeConfig) -> MakeConfig:
 # One process loads everything and forks a child for each attempt: only so are 30 attempts affordable.
 _LOOP = """
 import json, os, random, signal, sys, time
+from pathlib import Path
 import torch
 torch.set_num_threads(1)  # no threads that a fork would lose
 from experiments.engines import run_inprocess
 from fedmask.config import from_json
 from fedmask.workspace import get_workspace
 from server.observer import Silent
-from server.resume import STATE
+from server.record import is_run
 from clients.app import make_client_app
 from tests.apps.fakes import quick_app
 
 config, kills = from_json(sys.stdin.read()), int(sys.argv[1])
 make_app, longest = {"quick": (quick_app, 0.015), "real": (make_client_app, 0.04)}[sys.argv[2]]
-folder = os.path.join(config.runs_dir, config.name)
+folder = Path(config.runs_dir) / config.name
 luck = random.Random(20)
 warm = config.model_copy(update={"name": "warm", "rounds": 1})
 run_inprocess(warm, client_evaluation=False, make_app=make_app)
@@ -74,7 +80,7 @@ class Tells(Silent):
         os.write(self.pipe, b".")
 
 def attempt(events, seconds):
-    existing = "resume" if os.path.exists(os.path.join(folder, STATE)) else "overwrite"
+    existing = "resume" if is_run(folder) else "overwrite"
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -181,18 +187,96 @@ def file_size_limit() -> Iterator[Callable[[int], None]]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_loses_no_round(make_config: MakeConfig) -> None:
-    """The device /dev/full, where the state of round 2 would be written: no space left."""
-    whole = quick(make_config(name="whole", rounds=3)).folder
-    config = make_config(rounds=3)
+@pytest.mark.parametrize(
+    ("ways", "file"),
+    [({}, STATE), ({"up": "int4+ef", "down": "int4+delta"}, f"{FOLDER}/{_node_id(0)}.json")],
+    ids=["the server's state", "a client's"],
+)
+def test_a_full_disk_ends_the_run_in_one_line_and_loses_no_round(
+    make_config: MakeConfig, ways: dict[str, str], file: str
+) -> None:
+    """The device /dev/full, where a state of round 2 would be written: no space left."""
+    whole = quick(make_config(name="whole", rounds=3, **ways)).folder
+    config = make_config(rounds=3, **ways)
     folder = Path(config.runs_dir) / config.name
-    deed = AtRound(2, lambda: (folder / (STATE + ".part")).symlink_to("/dev/full"))
+    deed = AtRound(2, lambda: (folder / (file + ".part")).symlink_to("/dev/full"))
     with pytest.raises(FederationError, match=r"tiny: cannot be written \(No space left on device\)"):
         quick(config, deed)
-    assert not (folder / (STATE + ".part")).is_symlink()
+    assert not list(folder.rglob("*.part"))
     quick(config, existing="resume")
     assert_same(folder, whole)
     assert json.loads((folder / "config.json").read_text())["resumed"][0]["after_round"] == 1
+
+
+def test_a_disk_that_is_full_after_the_summary_loses_nothing(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What only adds to a run that is complete: the overlap in its summary, and the report."""
+    config = make_config()
+    folder = Path(config.runs_dir) / config.name
+
+    def full(*given: Any) -> Any:
+        for name in ("summary.json.part", "report.md.new"):
+            (folder / name).symlink_to("/dev/full")
+        return measured_unions(*given)
+
+    monkeypatch.setattr("server.app.measured_unions", full)
+    run = quick(config)
+    assert json.loads((folder / "summary.json").read_text())["notes"] == []
+    assert run.summary["notes"] == ["the summary's last version was not written (No space left on device)"]
+    assert not (folder / "summary.json.part").is_symlink()
+    _report(run)
+    assert "No space left on device" in caplog.messages[-1]
+    assert f"it is written by: fedmask report {folder}" in caplog.messages[-1]
+    (folder / "report.md.new").unlink(missing_ok=True)
+    _report(run)
+    assert (folder / "report.md").is_file()
+
+
+@pytest.mark.parametrize("place", ["Journal", "save_state"])
+def test_a_run_that_broke_off_before_its_first_state_begins_again(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """With nothing but ``config.json``, and with round 0 and its messages."""
+    whole = quick(make_config(name="whole")).folder
+    config = make_config()
+    folder = Path(config.runs_dir) / config.name
+
+    def power_cut(*_given: Any) -> None:
+        raise PowerCut
+
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(f"server.app.{place}", power_cut)
+        quick(config)
+    assert (folder / "rounds.jsonl").exists() == (place == "save_state")
+    assert unfinished(config) == config.name
+    with pytest.raises(ConfigError, match=r"was started with density = 0\.02, found 0\.5"):
+        quick(make_config(density=0.5), existing="resume")
+    quick(config, existing="resume")
+    assert_same(folder, whole)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_a_run_whose_states_were_removed_does_not_begin_again(make_config: MakeConfig) -> None:
+    """It has rounds to lose."""
+    config = make_config()
+    folder = cut(config, "end", 1)
+    for name in (STATE, PREVIOUS):
+        (folder / name).unlink()
+    with pytest.raises(ConfigError, match=r"cannot be resumed \(state\.safetensors: no such file"):
+        quick(config, existing="resume")
+
+
+def test_half_a_letter_at_the_end_of_the_rounds(make_config: MakeConfig) -> None:
+    whole = quick(make_config(name="whole", rounds=3)).folder
+    config = make_config(rounds=3)
+    folder = cut(config, "reply", 3)
+    with (folder / "rounds.jsonl").open("ab") as file:
+        file.write('{"round": 3, "note": "l\u00f6'.encode()[:-1])
+    with pytest.raises(ConfigError, match=r"rounds\.jsonl:4: expected a JSON object a line"):
+        read_run(folder, finished=False)
+    quick(config, existing="resume")
+    assert_same(folder, whole)
 
 
 @pytest.mark.parametrize("name", ["rounds.jsonl", "ledger.jsonl"])
