@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +27,7 @@ from fedmask.config import RunConfig
 from fedmask.errors import ConfigError, FederationError
 from server.observer import Silent
 from server.overlap import measured_unions
-from server.record import RunFolder, unfinished
+from server.record import unfinished
 from server.resume import PREVIOUS, STATE
 from tests.apps.fakes import quick_app
 from tests.apps.grids import read_rows
@@ -297,23 +298,57 @@ def test_a_line_that_was_half_written_is_written_again(make_config: MakeConfig, 
     assert_same(folder, whole)
 
 
-def test_a_folder_without_write_permission_is_said_before_anything_runs(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
-    file = tmp_path / "file"
-    file.write_text("no folder")
-    with pytest.raises(ConfigError, match=r"expected a folder that can be written, found no permission"):
-        RunFolder(make_config(runs_dir=str(file / "runs")))
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o500)
-    config = make_config(runs_dir=str(closed / "runs"))
-    if os.geteuid():
-        with pytest.raises(ConfigError, match=r"no permission in .*closed"):
-            quick(config)
-    else:  # root may write anywhere but where the kernel itself says no
-        config = make_config(runs_dir="/proc/fedmask-runs")
-        with pytest.raises(FederationError, match=r"/proc/fedmask-runs/tiny: cannot be written \("):
-            quick(config)
+# Root may write anywhere, so it becomes nobody; all is imported before, from places that nobody may not see.
+_AS_NOBODY = """
+import os, sys
+from experiments.engines import run_inprocess
+from fedmask.config import from_json
+from fedmask.errors import ConfigError
+from server.record import RunFolder
+from tests.apps.fakes import quick_app
+
+config = from_json(sys.stdin.read())
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+RunFolder(config.model_copy(update={"runs_dir": os.path.join(sys.argv[1], "open", "runs")}))
+for folder in ("closed", "file"):
+    try:
+        run_inprocess(config.model_copy(update={"runs_dir": os.path.join(sys.argv[1], folder, "runs")}),
+                      make_app=quick_app)
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_a_folder_without_write_permission_is_said_before_anything_runs(make_config: MakeConfig) -> None:
+    """Also where there is no model: nothing is loaded before. A folder that is open is not refused."""
+    config = make_config(model="/nowhere")
+    with tempfile.TemporaryDirectory() as name:  # pytest's own lie where only their owner may look
+        place = Path(name)
+        place.chmod(0o755)
+        (place / "file").write_text("no folder")
+        for folder, mode in (("open", 0o777), ("closed", 0o555)):
+            (place / folder).mkdir()
+            (place / folder).chmod(mode)
+        root = Path(__file__).parents[2]
+        done = subprocess.run(
+            [sys.executable, "-c", _AS_NOBODY, name],
+            input=config.model_dump_json(),
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            text=True,
+            capture_output=True,
+            check=False,
+            timeout=120,
+        )
+        left = sorted(path.relative_to(place).as_posix() for path in place.rglob("*"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for said, found in zip(done.stdout.splitlines(), ("closed", "file"), strict=True):
+        expected = f"expected a folder that can be written, found no permission in {place / found}; give"
+        assert said.startswith(f"{place / found / 'runs' / config.name}: {expected}"), said
+    assert left == ["closed", "file", "open"]
 
 
 def test_a_folder_that_became_unwritable_is_said(make_config: MakeConfig) -> None:

@@ -26,7 +26,7 @@ from fedmask.workspace import get_workspace
 from server.app import RunResult
 from server.bounds import LARGEST
 from server.exchange import SURPLUS
-from tests.apps.fakes import QuickApp, quick_app
+from tests.apps.fakes import QuickApp, assert_mean_of_what_counted, quick_app
 from tests.apps.grids import TamperedGrid, read_rows, run_on
 from tests.apps.test_rejections import BAD_REPLIES, _changed, _repacked
 
@@ -63,46 +63,6 @@ class FaultyApp(QuickApp):
 def run_with(config: RunConfig, faults: Faults, **options: Any) -> RunResult:
     grid = InProcessGrid(config, 1, lambda settings: FaultyApp(settings, faults))  # type: ignore[arg-type]
     return run_on(grid, **options)
-
-
-def expected(config: RunConfig, counted: list[list[int]]) -> np.ndarray:
-    """Shared values and all heads after rounds in which the ``counted`` clients' replies were averaged.
-
-    In NumPy alone, from what ``QuickApp`` says: tasks weigh the same, rows within a task.
-    """
-    workspace = get_workspace(config)
-    sizes = {task: workspace.layout(task).size for task in workspace.tasks}
-    heads = {task: workspace.layout(task).segments[-1].size for task in workspace.tasks}
-    vectors = {task: np.zeros(size, np.float32) for task, size in sizes.items()}
-    for round, clients in enumerate(counted, start=1):
-        of_task: dict[str, list[int]] = {}
-        for client in clients:
-            of_task.setdefault(workspace.task_of(client), []).append(client)
-        changes = {
-            client: 0.01 * rng_for(1, round, client, "fake").standard_normal(vectors[task].size)
-            - 0.1 * vectors[task]
-            for task, members in of_task.items()
-            for client in members
-        }
-        means = {
-            task: np.average([changes[c] for c in members], axis=0, weights=[10 + c for c in members])
-            for task, members in of_task.items()
-        }
-        shared = np.mean([mean[: sizes[task] - heads[task]] for task, mean in means.items()], axis=0)
-        for task, vector in vectors.items():
-            cut = vector.size - heads[task]
-            vector[:cut] += shared
-            if task in means:
-                vector[cut:] += means[task][cut:]
-    first = next(iter(vectors.values()))
-    parts = [first[: first.size - heads[workspace.tasks[0]]]]
-    return np.concatenate([*parts, *(vectors[task][-heads[task] :] for task in workspace.tasks)])
-
-
-def assert_mean_of_what_counted(result: RunResult, config: RunConfig) -> None:
-    counted = [row["replied"] for row in read_rows(result.folder, "rounds")[1:]]
-    found = np.concatenate([result.state.shared, *(result.state.heads[t] for t in result.state.heads)])
-    np.testing.assert_allclose(found, expected(config, counted), rtol=1e-4, atol=1e-6)
 
 
 def raises(_reply: Message) -> Message:

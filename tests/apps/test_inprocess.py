@@ -17,6 +17,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from experiments.inprocess import InProcessGrid
 from fedmask.config import RunConfig
 from fedmask.flower import message_bytes
+from tests.apps.fakes import QuickApp, assert_mean_of_what_counted
+from tests.apps.grids import read_rows, run_on
 
 MakeConfig = Callable[..., RunConfig]
 App = Callable[[Message, Context], Message]
@@ -147,11 +149,38 @@ def test_processes_work_fail_die_and_are_replaced(make_config: MakeConfig) -> No
         begun = time.monotonic()
         assert sorted(ask(grid, {0: "sleep"}, timeout=6.0)) == [1, 2, 3, 4]
         assert time.monotonic() - begun < 25.0  # the one that sleeps takes 30
-        pids = {worker.process.pid for worker in grid._workers._workers}  # type: ignore[union-attr]
+        pids = _pids(grid)
     for pid in pids:
         assert pid is not None
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+class DyingApp(QuickApp):
+    """A ClientApp whose process dies as client 1 trains in round 2."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train":
+            number = message.content.config_records["config"]["round"]
+            if (context.node_config["partition-id"], number) == (1, 2):
+                os._exit(7)
+        return super().__call__(message, context)
+
+
+def test_a_run_goes_on_when_a_client_s_process_dies(make_config: MakeConfig) -> None:
+    config = make_config(clients=(3, 1), rounds=3, eval_rows=2)
+    with InProcessGrid(config, 2, DyingApp) as grid:  # type: ignore[arg-type]
+        first = _pids(grid)
+        result = run_on(grid)
+        assert len(_pids(grid) - first) == 1 == len(first - _pids(grid))
+    rows = read_rows(result.folder, "rounds")
+    assert [row["replied"] for row in rows[1:]] == [[0, 1, 2, 3], [0, 2, 3], [0, 1, 2, 3]]
+    assert rows[2]["rejected"] == [{"client": 1, "reason": "the worker process died (exit code 7)"}]
+    assert_mean_of_what_counted(result, config)
+
+
+def _pids(grid: InProcessGrid) -> set[int | None]:
+    return {worker.process.pid for worker in grid._workers._workers}  # type: ignore[union-attr]
 
 
 def test_a_client_at_rest_costs_nearly_nothing(make_config: MakeConfig) -> None:

@@ -30,7 +30,7 @@ from fedmask.flower import (
 )
 from fedmask.layout import Layout, Segment
 from server.exchange import SMALL, Request, exchange, most_bytes
-from tests.apps.fakes import quick_app
+from tests.apps.fakes import assert_mean_of_what_counted, quick_app
 from tests.apps.grids import ShuffledGrid, TamperedGrid, read_rows, run_on
 
 MakeConfig = Callable[..., RunConfig]
@@ -273,8 +273,8 @@ def test_a_round_goes_on_without_a_reply_that_is_too_large(make_config: MakeConf
     def spoil(client: int, _round: int, reply: Message) -> list[Message]:
         return [_changed(reply, bytes_record(MEGABYTE * 2)) if client == BAD else reply]
 
-    folder = run_on(TamperedGrid(config, spoil, quick_app)).folder
-    row = read_rows(folder, "rounds")[1]
+    result = run_on(TamperedGrid(config, spoil, quick_app))
+    folder, row = result.folder, read_rows(result.folder, "rounds")[1]
     assert row["replied"] == [0, 2, 3]
     assert re.fullmatch(
         r"expected a reply of at most 1\d{6} bytes, found 2\d{6}", row["rejected"][0]["reason"]
@@ -285,6 +285,7 @@ def test_a_round_goes_on_without_a_reply_that_is_too_large(make_config: MakeConf
         if (one["round"], one["client"], one["direction"]) == (1, BAD, "up")
     )
     assert (up["status"], up["payload_bytes"]) == ("rejected", 0) and up["message_bytes"] > 2 << 20
+    assert_mean_of_what_counted(result, config)
 
 
 def test_fuzzed_replies_never_end_a_round(make_config: MakeConfig) -> None:
@@ -372,8 +373,10 @@ def test_silent_client_is_a_failed_reply(make_config: MakeConfig) -> None:
     result = run_on(
         TamperedGrid(config, lambda client, _r, reply: [] if client == BAD else [reply], quick_app)
     )
-    rows = read_rows(result.folder, "rounds")
-    assert [one["reason"] for one in rows[2]["rejected"]] == ["no answer within 1 s"]
+    for row in read_rows(result.folder, "rounds")[1:]:
+        assert row["rejected"] == [{"client": BAD, "reason": "no answer within 1 s"}]
+        assert row["replied"] == [0, 2, 3]
+    assert_mean_of_what_counted(result, config)
 
 
 def test_run_fails_only_below_the_minimum(make_config: MakeConfig) -> None:
