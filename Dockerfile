@@ -4,12 +4,14 @@
 #   PIP_FIND_LINKS   a page or folder with wheels of your own; torch is then looked for there and on pip's index
 #   PIP_INDEX_URL    another package index than pip's own
 #   EXTRAS           demo: with the bundled model and texts; fast: without them, for models that are mounted
-ARG PYTHON=3.11
+ARG PYTHON=3.11.14
 
 # The project's own code, with what `pip install` makes of it.
 FROM python:${PYTHON}-slim AS code
 ARG PIP_FIND_LINKS=
 ARG PIP_INDEX_URL=
+# For what pip installs, and for what it builds with, which no option reaches (newer pips know the second name).
+ENV PIP_CONSTRAINT=/src/constraints.txt PIP_BUILD_CONSTRAINT=/src/constraints.txt
 WORKDIR /src
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY fedmask fedmask
@@ -41,8 +43,9 @@ RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
 COPY experiments/imports.py /src/
 RUN [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
     export PIP_PYTHON=/venv/bin/python PIP_NO_CACHE_DIR=1 && cp -r /src /build && cd /build && \
+    export PIP_CONSTRAINT=/src/constraints.txt PIP_BUILD_CONSTRAINT=/src/constraints.txt && \
     for package in fedmask clients server experiments; do mkdir $package && touch $package/__init__.py; done && \
-    touch README.md && pip install --no-compile -c constraints.txt ".[$EXTRAS]" && \
+    touch README.md && pip install --no-compile ".[$EXTRAS]" && \
     pip uninstall -y fedmask sentence-transformers nltk && \
     rm -f /venv/bin/uv /venv/bin/uvx && cd /venv/lib/python3*/site-packages && \
     rm -rf pyarrow/include pyarrow/src pyarrow/*arrow_flight* pyarrow/*arrow_python_flight* pyarrow/_flight.* \

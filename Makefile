@@ -21,7 +21,8 @@ TORCH ?= $(if $(CONSTRAINTS),torch==2.13.0,torch>=2.6,<3)
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+# In the environment, because pip's isolated builds see no option (newer pips know the second name).
+PIN := $(if $(CONSTRAINTS),PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS))
 
 # Nothing but the package index is ever asked: no hub, no telemetry, no update check, no install at run time.
 export HF_HUB_OFFLINE := 1
@@ -71,9 +72,9 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml $(CONSTRAINTS)
-	$(BIN)/pip install -q $(PIN) -e '.[demo]'
+	$(PIN) $(BIN)/pip install -q -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml $(CONSTRAINTS)
-	$(BIN)/pip install -q $(PIN) -e '.[dev]'
+	$(PIN) $(BIN)/pip install -q -e '.[dev]'
 	@touch $@ $(VENV)/.demo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from argparse import ArgumentParser
 from importlib import import_module
 from pathlib import Path
@@ -92,6 +93,7 @@ def test_every_container_is_confined(name: str) -> None:
     assert service["cap_drop"] == ["ALL"]
     assert service["mem_limit"] and service["cpus"]
     assert name == "runs-folder" or not service["user"].startswith("0")
+    assert service.get("cap_add", []) == (["CHOWN"] if name == "runs-folder" else [])
     if service.get("restart"):  # it goes on running
         assert service["healthcheck"]["test"][2:4] == ["-IS", "/code/experiments/healthy.py"]
 
@@ -134,6 +136,23 @@ def test_build_arguments_are_the_dockerfile_s() -> None:
     known = set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.M))
     assert set(COMPOSE["services"]["certs"]["build"]["args"]) <= known
     assert "# syntax=" not in DOCKERFILE
+
+
+def test_the_image_s_python_and_what_its_code_is_built_with_are_pinned() -> None:
+    said = COMPOSE["services"]["certs"]["build"]["args"]["PYTHON"]
+    (patch,) = re.findall(r"^ARG PYTHON=(3\.\d+\.\d+)$", DOCKERFILE, re.M)
+    assert said == f"${{IMAGE_PYTHON:-{patch}}}"
+    # In the environment: pip's option -c does not reach an isolated build.
+    stages = re.split(r"^FROM ", DOCKERFILE, flags=re.M)[1:]
+    assert ["PIP_CONSTRAINT=/src/constraints.txt" in stage for stage in stages] == [True, True]
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"][
+        "requires"
+    ]
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{re.split('[^a-z]', name)[0]}==", pinned, re.M) for name in required)
+
+
+def test_the_image_ends_as_an_ordinary_user() -> None:
     assert DOCKERFILE.rstrip().splitlines()[-3].startswith("USER 1000")
 
 
