@@ -466,7 +466,7 @@ def roberta(size: str) -> nn.Module:
 
 
 def test_fish_charges_the_head_to_its_budget() -> None:
-    """Both counts are our own arithmetic, by the rule of FISH's code (varunnair18/FISH), which prints neither."""
+    """Both counts are our own arithmetic by the rule of FISH's code (varunnair18/FISH): it prints neither."""
     large, base = roberta("large"), roberta("base")
     assert fish_entries(large) == 725_158
     assert fish_entries(base) == 31_105
