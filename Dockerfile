@@ -10,7 +10,7 @@ ARG PYTHON=3.11.14
 FROM python:${PYTHON}-slim AS code
 ARG PIP_FIND_LINKS=
 ARG PIP_INDEX_URL=
-# For what pip installs, and for what it builds with, which no option reaches (newer pips know the second name).
+# For what pip installs and builds with: no option reaches the latter (newer pips know the second name).
 ENV PIP_CONSTRAINT=/src/constraints.txt PIP_BUILD_CONSTRAINT=/src/constraints.txt
 WORKDIR /src
 COPY constraints.txt pyproject.toml README.md LICENSE ./

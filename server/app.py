@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import time
@@ -254,10 +255,11 @@ def _finish(
     summary["seconds"] = time.monotonic() - began
     try:
         folder.write_summary(summary)
-        forget_states(folder.path)
     except OSError as error:
         summary["notes"].append(f"the summary's last version was not written ({error.strerror})")
         log.warning("fedmask: %s: %s", folder.path, summary["notes"][-1])
+    with contextlib.suppress(OSError):  # they are only in the way
+        forget_states(folder.path)
     return summary
 
 

@@ -196,7 +196,7 @@ def _not_begun(folder: Path) -> bool:
     if any((folder / name).exists() for name in (STATE, PREVIOUS)):
         return False
     rounds = folder / "rounds.jsonl"
-    return not rounds.exists() or len(list(_rows(rounds))) <= 1
+    return not rounds.exists() or rounds.read_bytes().count(b"\n") <= 1
 
 
 def _read(folder: Path, name: str, record: dict[str, Any]) -> Point:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -40,15 +42,18 @@ class Campaign:
         self.out = out
         self.wanted = [study.variant(name) for name in only] or list(study.variants)
         self.retry = retry
-        self.prepared: Mapping[str, Prepared] = prepare(study, data, out / "data")
         if from_hub(study, data):
             self._refuse_other_rows()
+        self.prepared: Mapping[str, Prepared] = prepare(study, data, out / "data")
         self.sizes = resolve(study, partial(self._sized, lr=None))
         self._begun: set[Cell] = set()
 
     def _refuse_other_rows(self) -> None:
-        """Runs on fetched rows would take the place of those on the files'."""
-        others = [one for one in all_results(self.out) if not self.counts(one)]
+        """Runs on fetched rows would take the place of those on files. Nothing is written before."""
+        print("no data folder, so rows come from the Hugging Face hub", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as cut:
+            fetched = prepare(self.study, None, Path(cut))
+        others = [one for one in all_results(self.out) if not made_of(self.study, fetched, one)]
         if others:
             raise ConfigError(
                 f"{self.out}: {len(others)} results there are of other rows than those that the hub has; name"

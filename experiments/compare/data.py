@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +102,6 @@ def _tables(task: StudyTask, data: Path | None) -> tuple[Table, Table]:
     if data is not None:
         return read_file(data / task.train), read_file(data / task.reported)
     assert task.hub is not None  # checked above
-    print(
-        f"task {task.name}: no data folder, so its rows come from the hub: {task.hub.source}", file=sys.stderr
-    )
     try:
         return _from_hub(task, task.hub, task.hub.train), _from_hub(task, task.hub, task.hub.reported)
     except DataError as error:

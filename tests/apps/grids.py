@@ -62,6 +62,17 @@ def only(counted: Mapping[int, Collection[int]]) -> Tamper:
     return tamper
 
 
+def messages_that_count(
+    ledger: Iterable[dict[str, Any]], counted: Mapping[int, Collection[int]]
+) -> set[tuple[Any, ...]]:
+    """The messages of training, with their bytes, of the clients in ``counted``, by round."""
+    return {
+        (row["round"], row["client"], row["direction"], row["payload_bytes"], row["message_bytes"])
+        for row in ledger
+        if row["kind"] == "train" and row["status"] == "ok" and row["client"] in counted.get(row["round"], ())
+    }
+
+
 class ShuffledGrid(InProcessGrid):
     """Answers everything, then hands the replies out in a random order."""
 

@@ -144,7 +144,7 @@ def test_a_superlink_gives_the_same_bits_and_bytes_and_tells_the_truth(
     assert remote.summary["vector_sha256"] == here.summary["vector_sha256"]
     check_bytes(remote, Ledger.read_jsonl(here.folder / "ledger.jsonl"), wire)
     # What clients keep between messages (received vectors, residuals, own masks) lives in Flower's context.
-    # (One mask for all, with the same codecs: containers/test_late_reply.py.)
+    # (One mask for all, with the same codecs: containers/test_server_kills.py.)
     settings = config.model_dump(mode="json") | {
         "up": "int4+ef", "down": "int4+delta", "rounds": 2, "precision": "fp32", "overlap_batches": 0,
         "method": "fish", "placement": "client", "scores": {"samples": 24, "batches": 1, "steps": 2},

@@ -56,7 +56,7 @@ def start_engine() -> dict[str, str]:
     return dict(word.split("=", 1) for word in words.split("\0") if "=" in word)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]:
     """A federation of four clients, started as a user would; it and the engine are gone afterwards."""
     folder = tmp_path_factory.mktemp("containers")

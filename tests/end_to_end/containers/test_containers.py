@@ -11,10 +11,10 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.apps.grids import messages_that_count
 from tests.end_to_end.containers.federation import CLIENTS, Containers, until
 
 DEADLINE = int(os.environ.get("FEDMASK_TEST_DEADLINE", "30"))  # seconds a round; a busy machine needs more
@@ -30,15 +30,6 @@ print("minilm", values, *(f"{name} {len(bundled_table(name))}" for name in ("twe
 SETTINGS = ["--config", "/data/tiny.toml", "--name", "faults", "--rounds", str(ROUNDS)]
 
 
-def counted(rows: list[dict[str, Any]], sent: dict[int, set[int]]) -> set[tuple[Any, ...]]:
-    """The messages of training that count: those of the replies in ``sent``, by round."""
-    return {
-        (row["round"], row["client"], row["direction"], row["payload_bytes"], row["message_bytes"])
-        for row in rows
-        if row["kind"] == "train" and row["status"] == "ok" and row["client"] in sent.get(row["round"], set())
-    }
-
-
 def same_as_in_process(containers: Containers, run: str, folder: Path) -> None:
     """The final vector, and the messages of the replies that counted."""
     here = containers.again_in_process(run, folder)
@@ -46,8 +37,8 @@ def same_as_in_process(containers: Containers, run: str, folder: Path) -> None:
     sent = {row["round"]: set(row["replied"]) for row in containers.rows(run, "rounds")}
     ours = [json.loads(line) for line in (here.folder / "ledger.jsonl").read_text().splitlines()]
     theirs = containers.rows(run, "ledger")
-    assert counted(theirs, sent) == counted(ours, sent)
-    assert len(counted(theirs, sent)) == 2 * sum(len(clients) for clients in sent.values())
+    assert messages_that_count(theirs, sent) == messages_that_count(ours, sent)
+    assert len(messages_that_count(theirs, sent)) == 2 * sum(len(clients) for clients in sent.values())
 
 
 @pytest.mark.timeout(2400)  # the first one builds the image, on a slow network too, and waits for the machine

@@ -173,8 +173,10 @@ def test_results_on_other_rows_are_not_replaced(hub: Any, tmp_path: Path) -> Non
     done = {"status": "ok", "variant": "pafi", "lr": 1e-3, "seed": 1, "settings": task.settings}
     task.target.write_text(json.dumps(done | {"fingerprint": task.fingerprint}))
     Campaign(study, tmp_path / "out", tmp_path)
+    cut = {path: path.read_bytes() for path in (tmp_path / "out" / "data").iterdir()}
     with pytest.raises(ConfigError, match=r"1 results there are of other rows than those that the hub has"):
         Campaign(study, tmp_path / "out", None)
+    assert {path: path.read_bytes() for path in cut} == cut  # what runs beside reads them
 
 
 def test_what_the_hub_does_not_give_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
