@@ -206,6 +206,12 @@ def _end_round(
     log.info("%s", _line(row, federation.config.rounds))
 
 
+def _somebody_holds_out(config: RunConfig) -> bool:
+    """Whether clients have rows to score the final vector on: else asking them is a download for nothing."""
+    rules = [task.partition or config.partition for task in config.tasks]
+    return any(rule.held_out > 0 and rule.held_out_max > 0 for rule in rules)
+
+
 def _finish(
     federation: Federation,
     state: RunState,
@@ -222,7 +228,8 @@ def _finish(
         save_change(workspace, state, folder.path / "delta.safetensors")
         sync(folder.path / "delta.safetensors")  # the states go as soon as there is a summary
     test = federation.scores(state, "test")
-    clients, unscored = federation.client_scores(state) if client_evaluation else ({}, [])
+    asks = client_evaluation and _somebody_holds_out(workspace.config)
+    clients, unscored = federation.client_scores(state) if asks else ({}, [])
     journal.settle()
     schedule = [row["sampled"] for row in rows[1:]]
     if found := [row["mask_search"] for row in rows if "mask_search" in row]:

@@ -177,6 +177,7 @@ def test_client_evaluation_can_be_left_out(make_config: MakeConfig) -> None:
 
 def test_clients_without_held_out_rows(make_config: MakeConfig) -> None:
     result = run_inprocess(make_config(rounds=1, partition={"kind": "iid", "held_out": 0.0}))
+    assert "evaluate" not in {row["kind"] for row in read_rows(result.folder, "ledger")}  # nothing to ask for
     row = read_rows(result.folder, "rounds")[1]
     assert (row["global"], row["personal"], row["rejected"]) == ({}, {}, [])
     assert result.summary["clients"] == {}

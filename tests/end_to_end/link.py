@@ -62,8 +62,11 @@ def superlink_at(home: Path) -> Iterator[Site]:
         none_left(home)
 
 
-def remote_config(tmp_path: Path) -> RunConfig:
-    """One client of each of two tasks, one round; model and rows in ``tmp_path``."""
+def remote_config(tmp_path: Path, held_out: float = 0.1) -> RunConfig:
+    """One client of each of two tasks, one round; model and rows in ``tmp_path``.
+
+    With nothing ``held_out`` clients are not asked to score, which takes a process each.
+    """
     save_two_tasks(tmp_path)
     return from_dict(
         {
@@ -83,7 +86,7 @@ def remote_config(tmp_path: Path) -> RunConfig:
                 }
                 for name in ("mood", "topic")
             ],
-            "partition": {"kind": "iid"},
+            "partition": {"kind": "iid", "held_out": held_out},
             "train": {"steps": 2, "batch_size": 8, "max_tokens": 16},
             "runs_dir": str(tmp_path / "runs"),
         }

@@ -25,7 +25,7 @@ TINY = """
 model = "/data/model"
 density = 0.02
 kernel = "dense"
-partition = {kind = "iid"}
+partition = {kind = "iid", held_out = 0.0}
 train = {steps = 2, batch_size = 8, max_tokens = 16}
 overlap_batches = 0
 

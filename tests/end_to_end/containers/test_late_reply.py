@@ -26,7 +26,7 @@ def test_a_straggler_s_late_reply_through_the_superlink(site: Site, tmp_path: Pa
     The mask moves too: each message is a new process there, which must know the union that it tunes, and
     what it was sent.
     """
-    config = remote_config(tmp_path)
+    config = remote_config(tmp_path, held_out=0.0)
     # Not longer: a node is gone a minute after its last heartbeat, which may be 22 s ago.
     server = config.server.model_copy(update={"timeout": 30.0, "min_replies": 1})
     changes = {
@@ -37,7 +37,7 @@ def test_a_straggler_s_late_reply_through_the_superlink(site: Site, tmp_path: Pa
         "down": "int8+delta",
     }
     config = config.model_copy(
-        update=changes | {"rounds": 3, "precision": "fp32", "overlap_batches": 0, "eval_rows": 20}
+        update=changes | {"rounds": 2, "precision": "fp32", "overlap_batches": 0, "eval_rows": 20}
     )
     (tmp_path / "run.json").write_text(json.dumps({"config": config.model_dump(mode="json")}))
     folder = Path(config.runs_dir) / config.name
@@ -55,11 +55,16 @@ def test_a_straggler_s_late_reply_through_the_superlink(site: Site, tmp_path: Pa
     counted = {row["round"]: set(row["replied"]) for row in rounds}
     assert rounds[1]["rejected"] == [{"client": 1, "reason": "no answer within 30 s"}]
     assert counted[1] == {0}
-    late = {"client": 1, "reason": "a late reply: it answers round 1"}
-    (where,) = [row["round"] for row in rounds if late in row["rejected"]]
+    # On a busy machine it may not catch up, and answer the next round too late as well.
+    late = [
+        (row["round"], one["reason"]) for row in rounds for one in row["rejected"] if "late" in one["reason"]
+    ]
+    assert late[0][1] == "a late reply: it answers round 1"
     paid = [row for row in read_rows(folder, "ledger") if row["status"] == "rejected"]
-    assert [(row["round"], row["client"], row["direction"]) for row in paid] == [(where, 1, "up")]
-    assert paid[0]["payload_bytes"] > 0
+    assert [(row["round"], row["client"], row["direction"]) for row in paid] == [
+        (at, 1, "up") for at, _ in late
+    ]
+    assert all(row["payload_bytes"] > 0 for row in paid)
     with TamperedGrid(config.model_copy(update={"name": "here"}), only(counted)) as grid:
         here = run_on(grid, engine="superlink", client_evaluation=True)
     summary = json.loads((folder / "summary.json").read_text())

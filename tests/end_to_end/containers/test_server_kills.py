@@ -33,7 +33,7 @@ def test_a_server_app_killed_three_times_goes_on_through_the_superlink(site: Sit
     With error feedback and changes sent down, so that the clients' memory counts too.
     """
     ways = {"up": "int4+ef", "down": "int4+delta"}
-    config = remote_config(tmp_path).model_copy(
+    config = remote_config(tmp_path, held_out=0.0).model_copy(
         update={"rounds": ROUNDS, "precision": "fp32", "overlap_batches": 0, "eval_rows": 20, **ways}
     )
     (tmp_path / "run.json").write_text(json.dumps({"config": config.model_dump(mode="json")}))

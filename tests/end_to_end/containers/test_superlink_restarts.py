@@ -128,7 +128,7 @@ def config(tmp_path: Path) -> RunConfig:
             "kernel": "dense",
             "workers": 1,
             "tasks": tasks,
-            "partition": {"kind": "iid"},
+            "partition": {"kind": "iid", "held_out": 0.0},
             "train": {"steps": 2, "batch_size": 8, "max_tokens": 16},
             "runs_dir": str(tmp_path / "runs"),
         }
