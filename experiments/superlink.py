@@ -104,7 +104,11 @@ def _end_of(
         lines = _follow(["log", run_id, *where], show, home, len(lines))[1]
         text += "\n" + "\n".join(lines)
         status, traffic = _final_status(run_id, where, home)
-    if status != "finished:completed":
+    completed = status == "finished:completed"
+    if status.startswith("finished:") and not (_FOLDER if completed else _ERROR).search(text):
+        # It went on to its end while the SuperLink was on its way back, and nobody followed.
+        text += "\n" + "\n".join(_follow(["log", run_id, *where], show, home, len(lines))[1])
+    if not completed:
         errors = _ERROR.findall(text)
         why = ": ".join(errors[-1]) if errors else "its log says why (flwr log " + run_id + ")"
         raise FederationError(f"run {run_id} ended as {status}: {why}")

@@ -88,6 +88,20 @@ def test_a_log_that_breaks_off_is_followed_again(answers: Answers, tmp_path: Pat
     assert json.loads((tmp_path / "wire.json").read_text())["inbound"] == 5
 
 
+@pytest.mark.parametrize("status", ["finished:completed", "finished:failed"])
+def test_a_run_that_ended_while_nobody_could_follow_it(answers: Answers, tmp_path: Path, status: str) -> None:
+    """The SuperLink was started again, and at the first look after it the run is over."""
+    completed = status == "finished:completed"
+    last = f"{FOLDER_LINE} {tmp_path} on hub" if completed else "fedmask.errors.DataError: no rows"
+    asked = answers(["round 0", "round 1", last], [(status, {})])
+    if completed:
+        assert superlink._end_of(1, [STARTED, "round 0"], [], {}, None).folder == tmp_path
+    else:
+        with pytest.raises(FederationError, match="ended as finished:failed: DataError: no rows"):
+            superlink._end_of(1, [STARTED, "round 0"], [], {}, None)
+    assert asked == [["log", "77", "2"]]
+
+
 def test_the_folder_of_another_run_is_not_taken_for_this_one_s(answers: Answers, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"flower_run": 76}))
     (tmp_path / "summary.json").write_text("{}")
