@@ -20,10 +20,11 @@ from experiments.compare.clock import Clock, TimedApp, reset_peak_memory
 from experiments.compare.plan import Cell
 from experiments.compare.reuse import sent_values, trained_values, workspace_for
 from experiments.engines import run_inprocess
-from experiments.results import measured_bytes, messages
+from experiments.results import counted, measured_bytes, messages
 from experiments.runs import Run, read_run
 from fedmask.config import RunConfig
 from fedmask.errors import ConfigError, FederationError
+from fedmask.ledger import Ledger
 from server.record import Existing, is_run, machine, versions, write_json
 from server.resume import interrupted
 
@@ -146,10 +147,11 @@ def _existing(config: RunConfig, folder: Path) -> Existing:
 
 def measured(run: Run, clock: Clock) -> dict[str, Any]:
     """What a finished run's folder says, in the words of a result."""
-    pairs = max(1, len(run.ledger.totals("round", "client", kind="train", direction="up")))
-    sums = {way: run.ledger.total(kind="train", direction=way) for way in ("up", "down")}
+    ledger = Ledger(row for row in run.ledger if counted(row))
+    pairs = max(1, len(ledger.totals("round", "client", kind="train", direction="up")))
+    sums = {way: ledger.total(kind="train", direction=way) for way in ("up", "down")}
     clients = max(1, len(run.facts["partitions"]))
-    masks = {way: run.ledger.total(kind="mask", direction=way).payload_bytes for way in ("up", "down")}
+    masks = {way: ledger.total(kind="mask", direction=way).payload_bytes for way in ("up", "down")}
     positions = clock.positions
     told = {} if positions is None else {"positions": positions}
     return told | {

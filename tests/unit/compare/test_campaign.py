@@ -132,6 +132,33 @@ def test_a_broken_run_goes_on_and_comes_to_the_same(folder: Path, monkeypatch: p
     assert (whole["client_seconds"], again["client_seconds"]) == (4 + 2 * 4, 4 + 4 + 4 + 4)
 
 
+def test_what_an_interruption_cost_is_in_no_figure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, cell = study_of(folder), Cell("pafi", 1e-2, 1)
+    whole = runner.run_cell(Campaign(study, folder / "whole", folder).task(cell))
+
+    class Stopping(runner.Clock):
+        """Stops between the replies of round 2, whose messages are sent."""
+
+        asked = 0
+
+        def on_round_start(self, round: int, clients: tuple[int, ...]) -> None:
+            self.asked = round if clients else 0
+
+        def on_reply(self, client: int) -> None:
+            if self.asked == 2:
+                raise KeyboardInterrupt
+
+    task = Campaign(study, folder / "broken", folder).task(cell)
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "Clock", Stopping)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run_cell(task)
+    again = runner.run_cell(task)
+    assert again["resumed"]
+    assert again["bytes"] == whole["bytes"]
+    assert [p["payload_bytes"] for p in again["curve"]] == [p["payload_bytes"] for p in whole["curve"]]
+
+
 def test_a_failed_run_is_recorded_and_the_others_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = runner.run_inprocess
 
